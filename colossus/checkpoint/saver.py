@@ -1,0 +1,185 @@
+"""Checkpoints behind training's back: copy the state, go on training, write the copy in a thread."""
+
+import contextlib
+import json
+import mmap
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from colossus.checkpoint.directory import clean
+from colossus.checkpoint.payload import check_tensor, view_bytes
+from colossus.checkpoint.retention import retire
+from colossus.checkpoint.save import Saved, save
+from colossus.errors import CheckpointError
+from colossus.spec.model import ModelSpec
+from colossus.spec.run import Checkpoints
+
+_ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFailed:
+    """A checkpoint that could not be written. The ones before it are as they were."""
+
+    step: int
+    reason: str
+
+
+class Saver:
+    """Saves a run's checkpoints in the background, one at a time, and deletes those that are not to be kept.
+
+    `save` holds training only while it copies the state to host memory, which stays allocated for the next
+    time: as many bytes as the state has, pinned if any tensor is on a CUDA device. If the one before is still
+    being written, `save` waits for it: a checkpoint that was asked for is never dropped in silence. Ask
+    `busy` first to put one off instead.
+
+    Nothing that goes wrong raises into training: failures come back from `poll` and `wait` as SaveFailed.
+    Calls come from one thread. Leftovers of dead processes are cleaned up at the start.
+    """
+
+    def __init__(
+        self, directory: Path | str, *, keep: Checkpoints | None = None, model: ModelSpec | None = None
+    ) -> None:
+        self.directory = Path(directory)
+        self._keep = keep or Checkpoints()
+        self._model = model
+        self._copy = _HostCopy()
+        self._thread: threading.Thread | None = None
+        self._results: list[Saved | SaveFailed] = []
+        clean(self.directory)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def prepare(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Get the host memory that `save` will copy these into, in the background.
+
+        Not needed, but the first `save` then holds training no longer than the later ones: a system that
+        hands out fresh memory a page at a time can be ten times slower at it than the copying is.
+        """
+        self._join()
+        self._start("checkpoint-memory", lambda: self._copy.reserve(tensors))
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> float:
+        """Begin to save; tensors and facts may change as soon as it returns. Arguments as of `save.save`.
+
+        Returns the seconds that the caller was held: waiting for the one in flight, and copying.
+        """
+        started = time.perf_counter()
+        self._join()
+        try:
+            facts = json.loads(json.dumps(facts))
+            snapshot = self._copy.take(tensors)
+            self._start(f"checkpoint-{step}", lambda: self._write(step, snapshot, facts))
+        except Exception as error:
+            self._results.append(SaveFailed(step, _describe(error)))
+        return time.perf_counter() - started
+
+    def poll(self) -> list[Saved | SaveFailed]:
+        """What has finished since the last time, oldest first; does not wait."""
+        if not self.busy:
+            self._join()
+        finished = []
+        while self._results:
+            finished.append(self._results.pop(0))
+        return finished
+
+    def wait(self) -> list[Saved | SaveFailed]:
+        """Wait for the checkpoint in flight; returns what has finished since the last time."""
+        self._join()
+        return self.poll()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._join()
+
+    def _start(self, name: str, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=name)
+        thread.start()  # not a daemon: a process that ends in good order finishes its checkpoint
+        self._thread = thread
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, step: int, snapshot: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        try:
+            result: Saved | SaveFailed = save(self.directory, step, snapshot, facts, model=self._model)
+            with contextlib.suppress(OSError):  # what cannot be deleted now can be after the next one
+                retire(self.directory, step, self._keep)
+        except Exception as error:
+            result = SaveFailed(step, _describe(error))
+        self._results.append(result)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+class _HostCopy:
+    """A copy of a state in one block of host memory, kept: fresh memory costs more than the copying."""
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
+
+    def reserve(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Hold enough memory for these, pages and all; where there is not enough, `take` will say so."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._allocate(sum(map(_padded_bytes, tensors.values())), _any_cuda(tensors))
+            self._block.numpy().fill(0)
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors' values now. They stay until the next call.
+
+        Raises CheckpointError for tensors that cannot be held, OSError or RuntimeError for want of memory.
+        """
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor)
+        self._allocate(sum(map(_padded_bytes, tensors.values())), _any_cuda(tensors))
+        copies: dict[str, torch.Tensor] = {}
+        start = 0
+        for name, tensor in tensors.items():
+            copy = view_bytes(self._block, start, tuple(tensor.shape), tensor.dtype)
+            copies[name] = copy.copy_(tensor, non_blocking=tensor.is_cuda)
+            start += _padded_bytes(tensor)
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            # The copies are queued behind the work that computes the values; both must be done.
+            torch.cuda.current_stream(device).synchronize()
+        return copies
+
+    def _allocate(self, num_bytes: int, pinned: bool) -> None:
+        if len(self._block) >= num_bytes and self._pinned == pinned:
+            return
+        self._block = torch.empty(0, dtype=torch.uint8)  # give the old one back first
+        if pinned:
+            self._block = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        else:
+            memory = mmap.mmap(-1, num_bytes)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults at the first copy
+            self._block = torch.frombuffer(memory, dtype=torch.uint8)
+        self._pinned = pinned
+
+
+def _padded_bytes(tensor: torch.Tensor) -> int:
+    return -(-tensor.numel() * tensor.dtype.itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def _any_cuda(tensors: Mapping[str, torch.Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors.values())

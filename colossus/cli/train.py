@@ -1,0 +1,258 @@
+"""`colossus train`."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from colossus.cli.options import (
+    DataOption,
+    JsonOption,
+    RunsOption,
+    TextFieldOption,
+    TokenizerOption,
+    VocabSizeOption,
+    budget_settings,
+    data_settings,
+    tokenizer_settings,
+)
+from colossus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from colossus.observe import Observer
+    from colossus.observe.summary import Summary
+    from colossus.spec.run import RunConfig
+
+DEFAULT_RECIPE = "first-light"
+
+EPILOG = """\b
+Examples:
+  colossus train                                        three minutes, from the Python library's own source
+  colossus train --data books/ --data 'web/*.jsonl=3'   a mixture: three samples from web to one from books
+  colossus train --tokens 10M --set optimizer.learning_rate=0.01
+  colossus train my-run.toml --seed 7 --name seed-7     a whole configuration from a file
+  colossus train --print-config > my-run.toml           ... and how to get one to start from
+  colossus train --resume first-light-001               go on after an interruption or a crash
+  colossus train --json | jq .heldout_bits_per_byte
+"""
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help=f"A recipe (see: colossus recipes) or a .toml file. [{DEFAULT_RECIPE}]"
+        ),
+    ] = None,
+    data: DataOption = None,
+    text_field: TextFieldOption = None,
+    tokenizer: TokenizerOption = None,
+    vocab_size: VocabSizeOption = None,
+    steps: Annotated[str | None, typer.Option(metavar="N", help="Train for so many steps.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="... for so many tokens: 500k, 10M, 1.5B.")
+    ] = None,
+    minutes: Annotated[
+        str | None, typer.Option(metavar="N", help="... for so many minutes of wall time.")
+    ] = None,
+    cpu_seconds: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="... until the process has used so many seconds of CPU time."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change anything that --print-config shows. Repeatable."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Decides initial weights and sample order.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The run's directory is NAME-001, -002, …")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with this run: its directory, its name, or 'latest'."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration as TOML, and train nothing.")
+    ] = False,
+    json: JsonOption = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard scalars too, into RUNS/tensorboard.")
+    ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="CPU threads; by default, the cores that are free to use."),
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample/--no-sample", help="Show text that the model wrote.")
+    ] = True,
+) -> None:
+    """Train a model, on whatever machine this is.
+
+    The layout, precision and batch split are planned for the machine; every choice is shown with its reason.
+    The run's directory has all of it: configuration, events, checkpoints, curves. Ctrl-C stops after a
+    checkpoint.
+    """
+    changes = [
+        *data_settings(data, text_field),
+        *tokenizer_settings(tokenizer, vocab_size),
+        *budget_settings({"steps": steps, "tokens": tokens, "minutes": minutes, "cpu_seconds": cpu_seconds}),
+        *([f"seed={seed}"] if seed is not None else []),
+        *([f"model.vocab_size={vocab_size}"] if vocab_size is not None else []),
+        *(settings or []),
+    ]
+    if resume is not None:
+        _refuse_beside_resume(resume, recipe, name, changes)
+        config = _resumed_config(resume, runs)
+    else:
+        config = _new_config(recipe or DEFAULT_RECIPE, tokenizer, changes)
+    if print_config:
+        from colossus.spec.config import to_toml
+
+        typer.echo(to_toml(config), nl=False)
+        return
+    with _stdout_kept_for_json(json):
+        summary, reason = _watch(config, runs, name, resume, threads, tensorboard, json, sample)
+    if json:
+        typer.echo(summary.to_json())
+    if reason == "interrupted":
+        raise typer.Exit(130)
+
+
+def _new_config(recipe: str, tokenizer: Path | None, changes: list[str]) -> "RunConfig":
+    from colossus.spec.config import run_config
+
+    if tokenizer is not None:  # the model needs a row for every token
+        from colossus.data.tokenizer import Tokenizer
+
+        changes = [f"model.vocab_size={Tokenizer.load(tokenizer).vocab_size}", *changes]
+    return run_config(recipe, changes)
+
+
+def _resumed_config(resume: str, runs: Path) -> "RunConfig":
+    from colossus.observe.run_directory import RunDirectory
+
+    return RunDirectory.open(resume, runs).config()
+
+
+def _refuse_beside_resume(resume: str, recipe: str | None, name: str | None, changes: Sequence[str]) -> None:
+    changed = [*([recipe] if recipe else []), *([f"--name {name}"] if name else []), *changes]
+    if changed:
+        raise ConfigError(
+            f"--resume {resume} goes on with that run as it is, so it takes no {', '.join(changed)}; "
+            f"to start a new run like it: colossus train {resume}/config.toml"
+        )
+
+
+def _watch(
+    config: "RunConfig",
+    runs: Path,
+    name: str | None,
+    resume: str | None,
+    threads: int | None,
+    tensorboard: bool,
+    json: bool,
+    sample: bool,
+) -> "tuple[Summary, str]":
+    """Trains under the eyes of whoever started it; the summary, and why training ended."""
+    from rich.console import Console
+
+    from colossus.events import Event, RunFinished
+    from colossus.observe.summary import summary_table
+
+    console = Console(stderr=json)
+    ends: list[str] = []
+
+    def note_end(event: Event) -> None:
+        if isinstance(event, RunFinished):
+            ends.append(event.reason)
+
+    title = resume or name or config.name
+    with _view(config, title, console) as view:
+        observers: list[Observer] = [view, note_end]
+        if tensorboard:
+            from colossus.observe.tensorboard import TensorBoard
+
+            observers.append(TensorBoard(runs / "tensorboard" / title))
+        summary = _run(config, runs, name, resume, observers, threads)
+    console.print()
+    console.print(summary_table(summary))
+    _show_what_is_next(summary, console, sample)
+    return summary, ends[-1] if ends else "budget"
+
+
+def _run(
+    config: "RunConfig",
+    runs: Path,
+    name: str | None,
+    resume: str | None,
+    observers: "list[Observer]",
+    threads: int | None,
+) -> "Summary":
+    """The one place where the command line meets the trainer, and torch is imported."""
+    from colossus.trainer import run
+
+    if resume is not None:
+        from colossus.observe.run_directory import RunDirectory
+
+        return run.resume(RunDirectory.open(resume, runs), observers=observers, threads=threads)
+    return run.start(
+        config, runs_directory=runs, name=name or config.name, observers=observers, threads=threads
+    )
+
+
+@contextlib.contextmanager
+def _view(config: "RunConfig", title: str, console: "Console") -> "Iterator[Observer]":
+    """The live view on a terminal, lines elsewhere."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        from colossus.observe.terminal import TerminalView
+
+        with TerminalView(config, title, console) as view:
+            yield view
+    else:
+        from colossus.observe.lines import Lines
+
+        yield Lines(config, lambda line: print(line, file=console.file, flush=True))
+
+
+def _show_what_is_next(summary: "Summary", console: "Console", sample: bool) -> None:
+    from rich.text import Text
+
+    run = Path(summary.run_dir)
+    if sample and (run / "sample.txt").is_file():
+        console.print("\nThe model writes:\n", style="dim")
+        console.print(Text((run / "sample.txt").read_text(encoding="utf-8", errors="replace").rstrip()))
+    console.print(f"\n{run}", style="bold", highlight=False, soft_wrap=True)
+    for note in (
+        "look: curves.png, README.md, sample.txt",
+        f"try:  colossus generate {run} --prompt 'import '",
+    ):
+        console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _stdout_kept_for_json(json: bool) -> Iterator[None]:
+    """What anything prints in there goes to stderr: libraries, compilers and child processes write to the
+    descriptor, so it is the descriptor that is turned."""
+    if not json:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

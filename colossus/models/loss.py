@@ -1,0 +1,81 @@
+"""Cross-entropy of the head's predictions, without ever holding all logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Goes through the tokens in chunks; makes each chunk's logits, its loss and at once its gradients.
+
+    The backward pass then only scales them. For n tokens and a vocabulary of v this holds chunk·v logits in place of
+    n·v, and computes none twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, cap: float | None, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        dtype = hidden.dtype
+        head = weight.to(dtype)
+        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if wants_gradient else None
+        grad_head = torch.zeros_like(weight) if wants_gradient else None
+        objective = hidden.new_zeros((), dtype=torch.float32)
+        loss = objective.clone()
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            here = slice(start, start + chunk_tokens)
+            chunk, target = hidden[here], targets[here, None]
+            logits = chunk @ head.t()
+            if cap is not None:
+                squashed = torch.tanh(logits / cap)
+                logits = squashed * cap
+            probabilities = torch.softmax(logits, -1, dtype=torch.float32)
+            # The largest probability is at least 1/vocabulary, so this cannot underflow as the target's own can.
+            top_logit, top = logits.max(-1, keepdim=True)
+            log_partition = top_logit.float() - probabilities.gather(1, top).log()
+            chunk_loss = (log_partition - logits.gather(1, target)).sum()
+            loss += chunk_loss
+            objective += chunk_loss
+            if z_loss:
+                objective += z_loss * log_partition.square().sum()
+            if not wants_gradient:
+                continue
+            # d objective / d logits = softmax · (1 + 2·z·log_partition) - one_hot(target)
+            gradient = probabilities
+            if z_loss:
+                gradient *= 1 + 2 * z_loss * log_partition
+            gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
+            if cap is not None:
+                gradient *= 1 - squashed.float().square_()
+            gradient = gradient.to(dtype)
+            torch.mm(gradient, head, out=grad_hidden[here])
+            grad_head += gradient.t() @ chunk
+        ctx.mark_non_differentiable(loss)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        return objective, loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_head * scale, None, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of the cross-entropy of `soft_cap(hidden · head_weightᵀ)`, in nats.
+
+    hidden: (tokens, hidden_size) in the dtype that the matmuls run in; head_weight: (vocab_size, hidden_size);
+    targets: int64 (tokens,). Returns (objective, loss), float32 scalars: the objective to differentiate is the loss
+    plus `z_loss` · log-partition² (arXiv:2204.02311), the loss is for reporting and carries no gradient.
+    """
+    objective, loss = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, chunk_tokens, soft_cap, z_loss)
+    return objective, loss

@@ -1,0 +1,92 @@
+"""Muon: momentum whose update is replaced by the nearest orthogonal matrix, for the matrices of a network."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Coefficients = tuple[float, float, float]
+
+QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
+"""The one polynomial of the original Newton-Schulz iteration (kellerjordan.github.io/posts/muon)."""
+
+POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+"""A polynomial for each of five steps, each the best for what the one before leaves (arXiv:2505.16932)."""
+
+
+def polynomials(num_steps: int) -> tuple[Coefficients, ...]:
+    """The polynomials of `num_steps` steps: Polar Express, whose last one repeats beyond the fifth."""
+    if num_steps >= len(POLAR_EXPRESS):
+        return POLAR_EXPRESS + (POLAR_EXPRESS[-1],) * (num_steps - len(POLAR_EXPRESS))
+    return (*POLAR_EXPRESS[: num_steps - 1], POLAR_EXPRESS[-1])
+
+
+def orthogonalise(matrices: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:
+    """The orthogonal factor of each matrix, about: all singular values move to near 1.
+
+    matrices: (count, rows, columns), any rows and columns; the iteration multiplies on the smaller side. Runs in
+    `dtype` and returns it.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+    for a, b, c in coefficients:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, for 2-dim parameters.
+
+    The update of a (rows, columns) matrix is scaled by √max(1, rows/columns), so that its effect on outputs does not
+    depend on its shape. Matrices of one shape are orthogonalised together in one batched matmul: on small models the
+    calls, and not the arithmetic, are what costs.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        coefficients: Sequence[Coefficients] = POLAR_EXPRESS,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.coefficients = tuple(coefficients)
+        self.dtype = dtype
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dim() != 2:
+                    raise ValueError(f"Muon is for matrices; got a parameter of shape {tuple(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                directions = orthogonalise(updates, self.coefficients, self.dtype)
+                step_size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(direction, alpha=-step_size)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)

@@ -1,0 +1,150 @@
+"""The plan for one rank: a whole model on one chip."""
+
+from colossus.errors import ConfigError
+from colossus.spec.model import BYTES_PER_ELEMENT, Dtype, ModelSpec
+from colossus.spec.plan import Estimate, Layout, Machine, Memory, Plan
+from colossus.spec.run import AdamW, RunConfig
+from colossus.units import format_bytes, format_seconds
+
+LOGITS_IN_CACHE_BYTES = 2 * 2**20
+"""A chunk's float32 logits should stay in a core's cache between the passes over them."""
+MEMORY_TO_USE = 0.9
+"""Share of the machine's memory that a plan may fill."""
+ASSUMED_MFU = 0.5
+"""Assumed before anything has been measured, only to weigh compiling against the length of a run."""
+COMPILE_GAIN = 0.15
+"""Share of step time that compiling saved on 2-layer to 8-layer models (measured, benchmarks/throughput.md)."""
+COMPILE_S = 40.0
+"""What compiling costs the first time, and with kernels cached from an earlier run (measured, same place)."""
+COMPILE_CACHED_S = 5.0
+
+
+def plan_one_rank(config: RunConfig, machine: Machine) -> Plan:
+    """The plan for `config` on one chip of `machine`, each choice with its reason.
+
+    Raises ConfigError when not even one sequence at a time fits the memory.
+    """
+    model, batch = config.model, config.batch
+    reasons: dict[str, str] = {}
+    dtype = _dtype(machine, reasons)
+    chunk = max(32, min(batch.tokens, LOGITS_IN_CACHE_BYTES // (4 * model.vocab_size)))
+    reasons["loss_chunk_tokens"] = (
+        f"{chunk} tokens × {model.vocab_size} logits × 4 bytes = {format_bytes(4 * chunk * model.vocab_size)}, "
+        f"which stays in cache; all {batch.tokens} at once would be {format_bytes(4 * batch.tokens * model.vocab_size)}"
+    )
+    micro_batch = _micro_batch(config, machine, dtype, chunk, reasons)
+    flops = model.flops_per_token(batch.sequence_tokens) * batch.tokens
+    step_time_s = flops / (ASSUMED_MFU * machine.matmul_flops[dtype])
+    return Plan(
+        layout=Layout(),
+        machine=machine,
+        micro_batch_sequences=micro_batch,
+        num_micro_batches=batch.sequences // micro_batch,
+        sequence_tokens=batch.sequence_tokens,
+        dtype=dtype,
+        compile=_compile(config, machine, step_time_s, reasons),
+        loss_chunk_tokens=chunk,
+        estimate=Estimate(
+            memory=step_memory(config, machine, dtype, micro_batch, chunk),
+            flops_per_step=flops,
+            step_time_s=step_time_s,
+        ),
+        reasons=reasons,
+    )
+
+
+def _dtype(machine: Machine, reasons: dict[str, str]) -> Dtype:
+    fastest = max(machine.matmul_flops, key=lambda dtype: machine.matmul_flops[dtype])
+    rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in machine.matmul_flops.items())
+    reasons["dtype"] = f"{fastest} matmuls are the fastest here (measured GFLOP/s: {rates}); weights stay float32"
+    return fastest
+
+
+def _micro_batch(
+    config: RunConfig, machine: Machine, dtype: Dtype, chunk: int, reasons: dict[str, str]
+) -> int:
+    """The largest divisor of the batch that fits."""
+    limit = MEMORY_TO_USE * machine.memory_bytes
+    sequences = config.batch.sequences
+    for micro_batch in sorted((n for n in range(1, sequences + 1) if sequences % n == 0), reverse=True):
+        needed = step_memory(config, machine, dtype, micro_batch, chunk).total_bytes
+        if needed <= limit:
+            reasons["micro_batch_sequences"] = (
+                f"{micro_batch} of {sequences} at once need {format_bytes(needed)} of "
+                f"{format_bytes(machine.memory_bytes)}"
+            )
+            return micro_batch
+    memory = step_memory(config, machine, dtype, 1, chunk)
+    parts = ", ".join(
+        f"{name.removesuffix('_bytes')} {format_bytes(size)}" for name, size in memory.model_dump().items()
+    )
+    raise ConfigError(
+        f"{config.model.name} does not fit this machine: one sequence of {config.batch.sequence_tokens} tokens needs "
+        f"{format_bytes(memory.total_bytes)} of {format_bytes(machine.memory_bytes)} ({parts}); take a smaller model "
+        f"or shorter sequences"
+    )
+
+
+def _compile(config: RunConfig, machine: Machine, step_time_s: float, reasons: dict[str, str]) -> bool:
+    budget = config.budget
+    length_s = budget.amount if budget.on_the_clock else (config.total_steps() or 0) * step_time_s
+    cost_s = COMPILE_CACHED_S if machine.compiled_before else COMPILE_S
+    saved_s = length_s * COMPILE_GAIN
+    pays = saved_s > 2 * cost_s
+    reasons["compile"] = (
+        f"compiling costs about {cost_s:.0f} s{' (cached kernels)' if machine.compiled_before else ''} and saves about "
+        f"{COMPILE_GAIN:.0%} of {format_seconds(length_s)}: {'it pays' if pays else 'it does not clearly pay'}"
+    )
+    return pays
+
+
+def step_memory(config: RunConfig, machine: Machine, dtype: Dtype, micro_batch: int, chunk: int) -> Memory:
+    """What one rank holds at the peak of a step: at the start of the backward pass, before activations are freed."""
+    model = config.model
+    roles: dict[str, int] = {}
+    for parameter in model.parameters():
+        roles[parameter.role] = roles.get(parameter.role, 0) + parameter.num_elements
+    sparse = roles.pop("sparse_embedding", 0)
+    dense = sum(roles.values())
+    matrices = roles.get("matrix", 0)
+    tokens = micro_batch * config.batch.sequence_tokens
+    orders = len(model.ngrams.orders) if model.ngrams is not None else 0
+    # A sparse gradient has a row for each lookup, twice while it is sorted; row-wise Adagrad keeps a number per row.
+    sparse_rows = orders * tokens
+    if isinstance(config.optimizer, AdamW):
+        optimizer = 8 * dense  # two float32 moments
+    else:
+        optimizer = 8 * (dense - matrices) + 4 * matrices  # Muon keeps momentum alone
+    return Memory(
+        baseline_bytes=machine.baseline_bytes,
+        weight_bytes=4 * (dense + sparse),
+        gradient_bytes=4 * dense + 2 * 4 * sparse_rows * model.hidden_size,
+        optimizer_bytes=optimizer + (4 * sparse // model.hidden_size if sparse else 0),
+        activation_bytes=activation_bytes(model, micro_batch, config.batch.sequence_tokens, dtype),
+        loss_bytes=_loss_bytes(model, tokens, chunk, dtype),
+    )
+
+
+def _loss_bytes(model: ModelSpec, tokens: int, chunk: int, dtype: Dtype) -> int:
+    """The head cast to `dtype` and its float32 gradient, a chunk's logits and probabilities, the hidden gradient."""
+    element = BYTES_PER_ELEMENT[dtype]
+    head = model.vocab_size * model.hidden_size * (4 + (element if dtype != "float32" else 0))
+    return head + chunk * model.vocab_size * (4 + 2 * element) + tokens * model.hidden_size * element
+
+
+def activation_bytes(model: ModelSpec, num_sequences: int, sequence_tokens: int, dtype: Dtype) -> int:
+    """Bytes that the forward pass keeps for the backward pass, per micro-batch; the parts are those of models/."""
+    element = BYTES_PER_ELEMENT[dtype]
+    tokens = num_sequences * sequence_tokens
+    hidden, attention, mlp = model.hidden_size, model.attention, model.mlp
+    query = attention.num_heads * attention.head_dim
+    kv = attention.num_kv_heads * attention.head_dim
+    # Per token and layer, in elements: two residual sums and two norms; queries and keys before and after the norm
+    # and the rotation; values; what attention mixed; the feed-forward network's inner tensors.
+    norms = 2 if attention.qk_norm else 1
+    rotated = 1 if attention.rope is not None else 0
+    inner = 3 if mlp.gated else 2
+    per_token = 4 * hidden + (norms + rotated) * (query + kv) + kv + 2 * query + inner * mlp.intermediate_size
+    scores = attention.num_heads * sequence_tokens  # the probabilities of explicit attention
+    mask = tokens * sequence_tokens
+    return model.num_layers * tokens * (per_token + scores) * element + mask + tokens * hidden * (4 + 2 * element)

@@ -1,0 +1,97 @@
+"""The plan: how one training step is laid out on the machine. The trainer executes it and has no settings beside it."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from colossus.spec.base import Frozen
+from colossus.spec.model import Dtype, Positive
+
+
+class Layout(Frozen):
+    """Ranks along each mesh axis. A replica group is pp × shard × cp × tp ranks; `ep` folds into shard × cp × tp."""
+
+    replica: Positive = 1
+    pp: Positive = 1
+    shard: Positive = 1
+    cp: Positive = 1
+    tp: Positive = 1
+    ep: Positive = 1
+
+    @property
+    def num_ranks(self) -> int:
+        return self.replica * self.pp * self.shard * self.cp * self.tp
+
+
+class Machine(Frozen):
+    """The machine at hand as the planner sees it; rates are measured, not looked up."""
+
+    chip: str
+    """What the system calls the processor or GPU."""
+    kind: str
+    """Torch's name of the device type: `cpu` or `cuda`."""
+    num_threads: Positive
+    memory_bytes: Positive
+    baseline_bytes: Annotated[int, Field(ge=0)]
+    """What the process holds before it builds a model: interpreter, torch, tokenizer."""
+    matmul_flops: dict[Dtype, float]
+    """FLOP/s of a large square matmul in each dtype, with `num_threads` threads."""
+    compiled_before: bool
+    """Whether torch.compile's cache holds kernels for this model and batch, so that compiling costs seconds only."""
+
+
+class Memory(Frozen):
+    """Bytes that one rank holds at the peak of a step, by what holds them."""
+
+    baseline_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    loss_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.model_dump().values())
+
+
+class Estimate(Frozen):
+    """What the planner predicts, to be set beside what is measured."""
+
+    memory: Memory
+    flops_per_step: float
+    step_time_s: float
+
+
+class Plan(Frozen):
+    """One frozen value: printed by the planner, executed by the trainer."""
+
+    layout: Layout
+    machine: Machine
+    micro_batch_sequences: Positive
+    num_micro_batches: Positive
+    """Micro-batches that each replica group runs per step."""
+    sequence_tokens: Positive
+    dtype: Dtype
+    """What matmuls run in; weights and optimizer state are float32."""
+    compile: bool
+    loss_chunk_tokens: Positive
+    """Tokens whose logits stand in memory at once."""
+    estimate: Estimate
+    reasons: dict[str, str]
+    """Why each field is what it is, by field name, a sentence each."""
+
+    @property
+    def global_batch_sequences(self) -> int:
+        return self.layout.replica * self.num_micro_batches * self.micro_batch_sequences
+
+    @property
+    def step_tokens(self) -> int:
+        return self.global_batch_sequences * self.sequence_tokens
+
+    @model_validator(mode="after")
+    def _reasons_are_of_fields(self) -> Self:
+        unknown = set(self.reasons) - set(type(self).model_fields)
+        if unknown:
+            raise ValueError(f"reasons given for what a plan does not have: {', '.join(sorted(unknown))}")
+        return self

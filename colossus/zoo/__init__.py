@@ -1,0 +1,1 @@
+"""Models by name, as functions that return a ModelSpec."""

@@ -1,0 +1,12 @@
+"""Whole runs as functions that return a RunConfig. `colossus recipes` lists them; a function's first line is its
+description."""
+
+from collections.abc import Callable
+
+from colossus.spec.run import RunConfig
+from recipes.first_light import first_light
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "first-light": first_light,
+}
+"""Every recipe by the name that people type."""
