@@ -1,10 +1,13 @@
-"""What a checkpoint costs: the time that training is held, and MB/s of writing and loading, beside torch's own.
+"""What a checkpoint costs: how long training is held, MB/s of writing and loading; beside torch's own.
 
-    python benchmarks/checkpoint.py [--mebibytes 480] [--repeats 3] [--directory DIR]
+    python benchmarks/checkpoint.py [--mebibytes 480] [--repeats 3] [--threads 1] [--directory DIR]
 
-Prints Markdown. All write the same state to the same disk and end with an fsync; all load into tensors that exist
-already. Loads are timed with the files out of the page cache (cold) and again in it (warm). CPU is that of this
-process while it saves: what training loses on a machine that trains on its processor. Medians of the repeats.
+Prints Markdown. All write the same state to the same disk and end with an fsync; all load into tensors that
+exist already. Loads are timed with the files out of the page cache (cold) and again in it (warm). CPU is that
+of this process while it saves: what training loses on a machine that trains on its processor. Medians of the
+repeats; the time that the caller is held the first time stands by itself, as later ones find memory ready.
+One torch thread unless told otherwise: where other processes want the cores too, torch's threads wait for
+each other after every tensor, and the figures tell of that alone.
 """
 
 import argparse
@@ -32,7 +35,7 @@ State = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to checkpoint. `save` returns the seconds that the caller was held, and what waits for the rest."""
+    """One way to checkpoint. `save` returns the seconds the caller was held, and what waits for the rest."""
 
     name: str
     save: Callable[[State, Path], tuple[float, Callable[[], object]]]
@@ -180,17 +183,20 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=480)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=None, help="on the disk to measure")
+    parser.add_argument("--threads", type=int, default=1, help="torch's, for every way alike")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     state = make_state(options.mebibytes)
     num_bytes = sum(tensor.nbytes for tensor in state.values())
+    version = torch.__version__
+    print(f"{num_bytes / 1e6:.0f} MB in {len(state)} tensors; torch {version}, {os.cpu_count()} cores,")
+    load = os.getloadavg()[0]
+    print(f"{platform.system()} {platform.release()}; load average {load:.1f} at the start.\n")
     print(
-        f"{num_bytes / 1e6:.0f} MB in {len(state)} tensors; torch {torch.__version__}, {os.cpu_count()} cores,"
-    )
-    print(f"{platform.system()} {platform.release()}; load average {os.getloadavg()[0]:.1f} at the start.\n")
-    print(
-        "| | held, first (s) | held, later (s) | write MB/s | CPU (s) | load cold MB/s | load warm MB/s "
+        "| | held, first (s) | held, later (s) | write MB/s | CPU (s) | load cold MB/s "
+        "| load warm MB/s "
         "| a flipped bit is |"
     )
     print("|---|---|---|---|---|---|---|---|")

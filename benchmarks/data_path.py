@@ -10,6 +10,7 @@ two, and so on.
 
 import argparse
 import json
+import os
 import platform
 import resource
 import shutil
@@ -184,8 +185,10 @@ def report(
         ("read 256 × 2048", f"median {np.median(large) * 1e3:.2f} ms"),
         ("held out, ≤ 1M tokens", f"{windows.num_documents:,} documents, {windows.num_tokens:,} tokens"),
     ]
-    head = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}\n\n| what | measured |\n|---|---|"
-    return "\n".join([head, *(f"| {name} | {value} |" for name, value in rows)])
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return "\n".join(
+        [machine, "", "| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    )
 
 
 def main() -> None:

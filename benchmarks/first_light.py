@@ -48,6 +48,16 @@ Settings = dict[str, Any]
 CALIBRATION_STEPS = 24
 TOLERANCE = 0.04  # of the CPU budget
 MAX_TRIES = 3
+TABLE_FIELDS = (
+    "bpb",
+    "train_cpu_s",
+    "tokens",
+    "steps",
+    "steady_tokens_per_cpu_s",
+    "overhead_cpu_s",
+    "params",
+)
+TRIED_SHAPES = ["2x128", "3x128", "1x256", "4x192", "4x256", "8x256"]  # layers x width
 CLEARLY_WORSE = 0.15  # bits per byte, between shapes in ranking runs
 DEFAULT_VOCAB = 4096  # tokens
 # One common model for the throughput part: 8 layers x 320 wide, 5 heads of 64, untied head, batch 8 x 256.
@@ -61,7 +71,7 @@ COMMON_MODEL: Settings = {
     "vocab": DEFAULT_VOCAB,
     "fused": True,
 }
-THROUGHPUT_STEPS = 10  # two are warm-up, the last is left out
+THROUGHPUT_STEPS = 8  # two are warm-up, the last is left out
 HELDOUT_SHARE = 0.05  # of documents, by content hash
 TEXT_SUFFIXES = {".py", ".txt", ".rst", ".md"}
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -155,7 +165,10 @@ def machine() -> dict[str, Any]:
 class Bench:
     """Runs peers in their environments and remembers every result in WORK/runs.jsonl."""
 
-    def __init__(self, work: Path, envs: Path, text: Path, core: int | None) -> None:
+    def __init__(
+        self, work: Path, envs: Path, text: Path, core: int | None, tolerance: float = TOLERANCE
+    ) -> None:
+        self.tolerance = tolerance
         self.work, self.envs, self.text, self.core = work.resolve(), envs.resolve(), text.resolve(), core
         self.work.mkdir(parents=True, exist_ok=True)
         self.log = self.work / "runs.jsonl"
@@ -249,6 +262,17 @@ class Bench:
             log.write(json.dumps({"key": key, "result": result}) + "\n")
         return result
 
+    def history(self, peer: Peer) -> list[dict[str, Any]]:
+        """Every ranking and full-budget run of a peer, of this and earlier searches in the same folder."""
+        rows = []
+        for key, result in self.done.items():
+            name, what, settings = json.loads(key)
+            kind, _, budget = what.partition("-")
+            if name == peer.name and kind in ("rank", "run"):
+                row = {"kind": kind, "budget_cpu_s": float(budget), "settings": settings}
+                rows.append(row | {field: result[field] for field in TABLE_FIELDS})
+        return rows
+
     def calibrate(self, peer: Peer, settings: Settings) -> dict[str, Any]:
         """Start-up and steady step time of these settings, measured once per shape with a warm cache."""
         shape = {k: v for k, v in settings.items() if k not in ("lr", "seed", "weight_decay", "min_lr_ratio")}
@@ -275,7 +299,7 @@ class Bench:
         return self.keep(key, result)
 
     def run(self, peer: Peer, settings: Settings, budget: float) -> dict[str, Any]:
-        """One run that spends ``budget`` CPU seconds: up to three tries, of which the closest to it counts."""
+        """One run that spends ``budget`` CPU seconds; of up to three tries the closest to it counts."""
         key, result = self.remembered(peer, f"run-{budget:g}", settings)
         if result is not None:
             return result
@@ -287,20 +311,20 @@ class Bench:
             latest = self.launch(peer, settings | {"steps": steps})
             self.tell(peer, settings, budget, latest)
             tries.append(latest)
-            if abs(latest["train_cpu_s"] / budget - 1) <= TOLERANCE:
+            if abs(latest["train_cpu_s"] / budget - 1) <= self.tolerance:
                 break
             step_s = (latest["train_cpu_s"] - overhead) / steps
         closest = min(tries, key=lambda r: abs(r["train_cpu_s"] - budget))
         closest["tries_cpu_s"] = [r["train_cpu_s"] for r in tries]
         return self.keep(key, closest)
 
-    def steps_for(self, peer: Peer, settings: Settings, budget: float, overhead: float, step_s: float) -> int:
+    def steps_for(self, peer: Peer, settings: Settings, budget: float, overhead: float, step: float) -> int:
         """Steps that fill a budget of CPU seconds."""
-        steps = int((budget - overhead) / step_s)
+        steps = int((budget - overhead) / step)
         if steps < 10:
             raise BenchmarkError(
                 f"{peer.title}: {budget:g} CPU-s hold only {max(steps, 0)} steps of {short(settings)} "
-                f"({overhead:.1f} s besides the steps, {step_s:.2f} s a step)"
+                f"({overhead:.1f} s besides the steps, {step:.2f} s a step)"
             )
         return steps
 
@@ -344,8 +368,8 @@ class Tuner:
     peer: Peer
     budget: float  # CPU seconds of the final figure
     short_budget: float  # CPU seconds of a ranking run
-    extra_shape: Settings | None = None
-    like: Settings | None = None  # another peer's best, to start from
+    shapes: list[Settings]
+    like: Settings | None = None  # settings found for another peer, to start from
 
     def __post_init__(self) -> None:
         self.table: list[dict[str, Any]] = []
@@ -365,16 +389,7 @@ class Tuner:
             say(f"  left out: {str(error)[-600:]}")
             row["failed"] = str(error).splitlines()[0]
             return float("inf")
-        fields = (
-            "bpb",
-            "train_cpu_s",
-            "tokens",
-            "steps",
-            "steady_tokens_per_cpu_s",
-            "overhead_cpu_s",
-            "params",
-        )
-        row |= {name: result[name] for name in fields}
+        row["bpb"] = result["bpb"]
         return result["bpb"]
 
     def settled(self, settings: Settings) -> float:
@@ -402,7 +417,7 @@ class Tuner:
     def fastest_mode(self, settings: Settings) -> Settings:
         """Precision and compilation that promise the most tokens in the full budget."""
         promise: dict[tuple[str, bool], float] = {}
-        for precision in ("fp32", "bf16"):
+        for precision in (self.like["precision"],) if self.like else ("fp32", "bf16"):
             for compiled in (False, True):
                 mode = {"precision": precision, "compile": compiled}
                 try:
@@ -442,10 +457,7 @@ class Tuner:
             base["family"] = "llama"
         mode = self.fastest_mode(base)
         start = base | {"precision": mode["precision"], "compile": False}
-        shapes = [shape(2, 128), shape(3, 128), shape(4, 192), shape(4, 256), shape(8, 256)]
-        if self.extra_shape and self.extra_shape not in shapes:
-            shapes.append(self.extra_shape)
-        ranked = self.rank_shapes(start, shapes)
+        ranked = self.rank_shapes(start, self.shapes)
         best = start | ranked[0]
         if not self.like:
             best = self.improve(best, [{"lr": 6e-3}, {"lr": 1e-3}])
@@ -457,8 +469,8 @@ class Tuner:
             best = self.improve(best, [{"batch": 2}, {"batch": 8, "context": 128}])
             best = self.improve(best, [{"vocab": 2048}, {"vocab": 8192}])
         # At the full budget and in the fastest mode: both shapes, then the learning rate of the better one.
-        winner = min((best | ranked[1] | mode, best | mode), key=self.settled)
-        for change in ({"lr": winner["lr"] * 0.6}, {"lr": winner["lr"] * 1.6}):
+        winner = min((best | candidate | mode for candidate in ranked[:2]), key=self.settled)
+        for change in () if self.like else ({"lr": winner["lr"] * 1.6}, {"lr": winner["lr"] * 0.6}):
             if self.settled(winner | change) < self.settled(winner):
                 winner |= change
                 break
@@ -467,7 +479,7 @@ class Tuner:
             "bpb": self.settled(winner),
             "budget_cpu_s": self.budget,
             "modes": self.modes,
-            "table": self.table,
+            "table": self.bench.history(self.peer),
         }
 
 
@@ -475,8 +487,7 @@ def tune_peers(bench: Bench, args: argparse.Namespace) -> None:
     """Search settings for the chosen peers and write benchmarks/peers/tuned.json after each."""
     known = json.loads(TUNED.read_text("utf-8")) if TUNED.exists() else {"peers": {}}
     for name in args.only:
-        like = known["peers"][args.like]["settings"] if args.like in known["peers"] else None
-        tuner = Tuner(bench, PEERS[name], args.budget, args.short_budget, args.shape, like)
+        tuner = Tuner(bench, PEERS[name], args.budget, args.short_budget, args.shapes, args.like)
         known["peers"][name] = tuner.tune()
         known["machine"] = machine()
         known["date"] = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d")
@@ -765,10 +776,24 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--core", type=int, default=0, help="core to pin to; -1 leaves it open")
     top.add_argument("--only", nargs="+", choices=list(PEERS), default=list(PEERS), help="some peers only")
     top.add_argument("--tune", action="store_true", help="search the peers' settings first")
-    top.add_argument("--like", choices=list(PEERS), help="when tuning, start from this peer's tuned settings")
-    top.add_argument("--shape", type=parse_shape, help="one more shape to try when tuning, as LAYERSxWIDTH")
+    top.add_argument(
+        "--like",
+        type=json.loads,
+        metavar="JSON",
+        help="when tuning: a shorter search around these settings (batch, context, vocab, lr, tied, precision)",
+    )
+    top.add_argument(
+        "--shapes",
+        type=parse_shape,
+        nargs="+",
+        default=[parse_shape(text) for text in TRIED_SHAPES],
+        help="shapes to try when tuning, as LAYERSxWIDTH, small to large",
+    )
     top.add_argument("--budget", type=float, default=75.0, help="CPU seconds of a peer's run")
     top.add_argument("--short-budget", type=float, default=20.0, help="CPU seconds of a ranking run")
+    top.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="share of the budget a run may miss it by"
+    )
     top.add_argument("--seeds", type=int, default=2, help="runs per final figure")
     top.add_argument("--colossus", default="colossus", help="our command")
     top.add_argument("--ours-budget", type=float, default=25.0, help="CPU seconds of our run")
@@ -785,7 +810,8 @@ def main() -> int:
     """Run the chosen parts; results accumulate in result.json."""
     args = parser().parse_args()
     text = args.text or args.work / "text"
-    bench = Bench(args.work, args.envs or args.work / "envs", text, None if args.core < 0 else args.core)
+    core = None if args.core < 0 else args.core
+    bench = Bench(args.work, args.envs or args.work / "envs", text, core, args.tolerance)
     out = args.out or args.work
     out.mkdir(parents=True, exist_ok=True)
     result_file = out / "result.json"

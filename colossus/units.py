@@ -10,7 +10,7 @@ def parse_number(text: str) -> float:
 
     Raises ValueError when the text is not a number.
     """
-    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]+)?)\s*([kKmMbBgGtT]?)\s*", text)
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([kKmMbBgGtT]?)\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is not a number; write for example 2000, 10M or 1.5B")
     return float(match[1].replace("_", "")) * _DECIMAL[match[2].lower()]

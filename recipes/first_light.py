@@ -10,7 +10,7 @@ def first_light() -> RunConfig:
     """Three minutes on a laptop, from the Python library's own source to a model that writes something like it."""
     return RunConfig(
         name="first-light",
-        model=ladder("spark"),
+        model=ladder("candle"),
         data=DataConfig(tokenizer=TrainedTokenizer(vocab_size=2048)),
         batch=Batch(sequences=8, sequence_tokens=256),
         budget=Duration.parse("3 minutes"),

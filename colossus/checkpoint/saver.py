@@ -11,10 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from colossus.checkpoint.directory import clean
-from colossus.checkpoint.payload import check_tensor, view_bytes
+from colossus.checkpoint.payload import check_tensor, host_bytes, view_bytes
 from colossus.checkpoint.retention import retire
 from colossus.checkpoint.save import Saved, save
 from colossus.errors import CheckpointError
@@ -156,7 +157,14 @@ class _HostCopy:
         start = 0
         for name, tensor in tensors.items():
             copy = view_bytes(self._block, start, tuple(tensor.shape), tensor.dtype)
-            copies[name] = copy.copy_(tensor, non_blocking=tensor.is_cuda)
+            if tensor.is_cuda:
+                copy.copy_(tensor, non_blocking=True)
+            else:
+                # By numpy, in one thread: torch's threads meet at a barrier after every tensor, and where the
+                # machine is not all ours that took 0.9 s for 500 MB, where one thread took 0.13 s.
+                block = self._block[start : start + tensor.nbytes].numpy()
+                np.copyto(block, np.asarray(host_bytes(tensor)))
+            copies[name] = copy
             start += _padded_bytes(tensor)
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
             # The copies are queued behind the work that computes the values; both must be done.

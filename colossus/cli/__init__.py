@@ -3,15 +3,16 @@ so that help is instant: no torch, no pydantic, no rich until a command asks for
 """
 
 import sys
-from typing import Annotated
 
 import typer
 
 from colossus.cli import data, generate, recipes, runs, train
+from colossus.cli.group import Group
 from colossus.errors import ColossusError, ConfigError
 
 app = typer.Typer(
     name="colossus",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     # Plain help: rich's takes a quarter of a second to import, which is longer than all the rest together.
@@ -25,23 +26,8 @@ app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        from importlib import metadata
-
-        try:
-            typer.echo(metadata.version("colossus-llm"))
-        except metadata.PackageNotFoundError:
-            typer.echo("not installed; running from source")
-        raise typer.Exit
-
-
 @app.callback()
-def colossus(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def colossus() -> None:
     """Train language models, from a laptop to a fleet.
 
     \b
@@ -52,6 +38,18 @@ def colossus(
 
     Every command has its own help, with examples: colossus train --help
     """
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    # A command, not an option of the group: typer would import pydantic for it ahead of every command's help.
+    from importlib import metadata
+
+    try:
+        typer.echo(metadata.version("colossus-llm"))
+    except metadata.PackageNotFoundError:
+        typer.echo("not installed; running from source")
 
 
 def main() -> None:

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from colossus.cli.group import Group
 from colossus.cli.options import (
     DataOption,
     JsonOption,
+    RunsOption,
     TextFieldOption,
     TokenizerOption,
     VocabSizeOption,
@@ -17,10 +19,10 @@ from colossus.cli.options import (
 
 if TYPE_CHECKING:
     from colossus.data import Corpus
-    from colossus.data.manifest import SourceRecord
     from colossus.spec.data import DataConfig
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Turn text into token shards, and look at them. `colossus train` does it by itself; "
@@ -31,17 +33,23 @@ app = typer.Typer(
 @app.command(
     epilog="""\b
 Examples:
-  colossus data prepare corpora/stdlib
+  colossus data prepare --vocab-size 2048
   colossus data prepare corpora/mix --data books/ --data 'web/*.jsonl.zst=3' --vocab-size 16384
   colossus data prepare corpora/wiki --data hf:wikitext --tokenizer tokenizer.json
 """
 )
 def prepare(
-    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Directory for the token shards.")],
+    corpus: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CORPUS", help="Directory to write. [where `train` looks for just this corpus]"
+        ),
+    ] = None,
     data: DataOption = None,
     text_field: TextFieldOption = None,
     tokenizer: TokenizerOption = None,
     vocab_size: VocabSizeOption = None,
+    runs: RunsOption = Path("runs"),
     json: JsonOption = False,
 ) -> None:
     """Read text, learn or load a tokenizer, and write token shards.
@@ -51,8 +59,10 @@ def prepare(
     import colossus.data as corpora
 
     config = _data_config([*data_settings(data, text_field), *tokenizer_settings(tokenizer, vocab_size)])
+    directory = corpus or corpora.corpus_directory(config, runs)
     with corpora.RichProgress() as progress:
-        _show(corpora.prepare(config, corpus, progress=progress), json)
+        prepared = corpora.prepare(config, directory, progress=progress)
+    _show(prepared, json)
 
 
 @app.command()
@@ -77,49 +87,37 @@ def _show(corpus: "Corpus", json: bool) -> None:
     if json:
         typer.echo(corpus.manifest.model_dump_json())
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from colossus.cli.screen import screen
     from colossus.units import format_bytes, format_count
 
     manifest = corpus.manifest
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for name in (
-        "source",
-        "share",
-        "files",
-        "documents",
-        "text",
-        "tokens",
-        "held out",
-        "duplicates",
-        "passed over",
-    ):
-        table.add_column(name, justify="left" if name in ("source", "passed over") else "right")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("source", "share", "documents", "text", "tokens", "held out", "duplicates"):
+        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=name != "source")
     weights = sum(record.source.weight for record in manifest.sources)
     for record in manifest.sources:
         table.add_row(
             record.source.path,
             f"{record.source.weight / weights:.0%}",
-            f"{record.files:,}",
             f"{record.documents:,}",
             format_bytes(record.bytes),
             format_count(record.train.tokens),
             format_count(record.heldout.tokens),
             f"{record.duplicates:,}",
-            _passed_over(record),
         )
-    console = Console()
+    console = screen()
+    console.print(f"{corpus.directory}\n", style="bold", soft_wrap=True)
     console.print(table)
-    tokens, size = manifest.train_tokens + manifest.heldout_tokens, sum(r.bytes for r in manifest.sources)
+    text_bytes = sum(r.train.bytes + r.heldout.bytes for r in manifest.sources)
+    tokens = manifest.train_tokens + manifest.heldout_tokens
     console.print(
         f"\n{format_count(manifest.train_tokens)} training tokens, "
         f"{format_count(manifest.heldout_tokens)} held out; "
-        f"{manifest.tokenizer.kind} tokenizer with {manifest.tokenizer.vocab_size:,} entries, "
-        f"{size / max(tokens, 1):.2f} bytes per token",
-        highlight=False,
+        f"tokenizer of {manifest.tokenizer.vocab_size:,} entries, "
+        f"{text_bytes / max(tokens, 1):.2f} bytes per token"
     )
-
-
-def _passed_over(record: "SourceRecord") -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in record.skipped.items())
+    for record in manifest.sources:
+        for reason, count in record.skipped.items():
+            console.print(f"{record.source.path}: {count:,} passed over: {reason}", style="yellow")

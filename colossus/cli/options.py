@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from colossus.errors import ConfigError
+from colossus.units import parse_number
 
 DataOption = Annotated[
     list[str] | None,
@@ -88,7 +89,18 @@ def budget_settings(given: dict[str, str | None]) -> list[str]:
     if len(chosen) > 1:
         options = " and ".join(f"--{unit.replace('_', '-')} {amount}" for unit, amount in chosen.items())
         raise ConfigError(f"{options} contradict each other: a run has one budget, so give one of them")
+    for unit, amount in chosen.items():
+        _check_positive(f"--{unit.replace('_', '-')}", amount)
     return [f"budget={toml_string(f'{amount} {unit}')}" for unit, amount in chosen.items()]
+
+
+def _check_positive(option: str, text: str) -> None:
+    try:
+        number = parse_number(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+    if number <= 0:
+        raise ConfigError(f"{option} is {text}; it must be above 0")
 
 
 def toml_string(text: str) -> str:

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from colossus.cli.group import Group
 from colossus.cli.options import JsonOption, RunsOption
 
-app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app = typer.Typer(cls=Group, invoke_without_command=True, rich_markup_mode=None)
 
 
 @app.callback(
@@ -39,9 +40,10 @@ def runs(context: typer.Context, runs: RunsOption = Path("runs"), json: JsonOpti
     elif not rows:
         typer.echo(f"No runs in {runs} yet. Start one: colossus train")
     else:
-        from rich.console import Console
+        from colossus.cli.screen import screen
 
-        Console().print(overview_table(rows, time.time()))
+        console = screen()
+        console.print(overview_table(rows, time.time(), console.width))
 
 
 @app.command()
@@ -68,10 +70,10 @@ def show(
 
         typer.echo(dumps(overview(found).to_dict()))
         return
-    from rich.console import Console
+    from colossus.cli.screen import screen
 
-    console = Console()
+    console = screen()
     for part in detail(found):
         console.print(part)
     if curves:
-        console.print(f"wrote {found.curves_path}", style="dim", highlight=False)
+        console.print(f"wrote {found.curves_path}", style="dim")

@@ -3,9 +3,10 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -112,10 +113,9 @@ def train(
         *(settings or []),
     ]
     if resume is not None:
-        _refuse_beside_resume(resume, recipe, name, changes)
-        config = _resumed_config(resume, runs)
+        config = _resumed_config(resume, runs, [*_words(recipe, name), *changes])
     else:
-        config = _new_config(recipe or DEFAULT_RECIPE, tokenizer, changes)
+        config = _new_config(recipe or DEFAULT_RECIPE, name, tokenizer, changes)
     if print_config:
         from colossus.spec.config import to_toml
 
@@ -129,29 +129,33 @@ def train(
         raise typer.Exit(130)
 
 
-def _new_config(recipe: str, tokenizer: Path | None, changes: list[str]) -> "RunConfig":
+def _new_config(recipe: str, name: str | None, tokenizer: Path | None, changes: list[str]) -> "RunConfig":
+    from colossus.observe.run_directory import check_name
     from colossus.spec.config import run_config
 
     if tokenizer is not None:  # the model needs a row for every token
         from colossus.data.tokenizer import Tokenizer
 
         changes = [f"model.vocab_size={Tokenizer.load(tokenizer).vocab_size}", *changes]
-    return run_config(recipe, changes)
+    config = run_config(recipe, changes)
+    check_name(name or config.name)  # before the corpus is prepared, not after
+    return config
 
 
-def _resumed_config(resume: str, runs: Path) -> "RunConfig":
+def _words(recipe: str | None, name: str | None) -> list[str]:
+    return [*([recipe] if recipe else []), *([f"--name {name}"] if name else [])]
+
+
+def _resumed_config(resume: str, runs: Path, refused: Sequence[str]) -> "RunConfig":
     from colossus.observe.run_directory import RunDirectory
 
-    return RunDirectory.open(resume, runs).config()
-
-
-def _refuse_beside_resume(resume: str, recipe: str | None, name: str | None, changes: Sequence[str]) -> None:
-    changed = [*([recipe] if recipe else []), *([f"--name {name}"] if name else []), *changes]
-    if changed:
+    run = RunDirectory.open(resume, runs)
+    if refused:
         raise ConfigError(
-            f"--resume {resume} goes on with that run as it is, so it takes no {', '.join(changed)}; "
-            f"to start a new run like it: colossus train {resume}/config.toml"
+            f"--resume {resume} goes on with that run as it is, so it takes no {', '.join(refused)}; "
+            f"to start a new run like it: colossus train {run.config_path}"
         )
+    return run.config()
 
 
 def _watch(
@@ -165,30 +169,32 @@ def _watch(
     sample: bool,
 ) -> "tuple[Summary, str]":
     """Trains under the eyes of whoever started it; the summary, and why training ended."""
-    from rich.console import Console
-
+    from colossus.cli.screen import screen
     from colossus.events import Event, RunFinished
     from colossus.observe.summary import summary_table
 
-    console = Console(stderr=json)
+    console = screen(stderr=json)
     ends: list[str] = []
 
     def note_end(event: Event) -> None:
         if isinstance(event, RunFinished):
             ends.append(event.reason)
 
-    title = resume or name or config.name
+    title = Path(resume).name if resume else name or config.name
     with _view(config, title, console) as view:
         observers: list[Observer] = [view, note_end]
         if tensorboard:
             from colossus.observe.tensorboard import TensorBoard
 
-            observers.append(TensorBoard(runs / "tensorboard" / title))
+            # A new run's number is not known yet; the time tells it from its namesakes.
+            own = title if resume else f"{title}-{time.strftime('%Y%m%d-%H%M%S')}"
+            observers.append(TensorBoard(runs / "tensorboard" / own))
         summary = _run(config, runs, name, resume, observers, threads)
     console.print()
     console.print(summary_table(summary))
-    _show_what_is_next(summary, console, sample)
-    return summary, ends[-1] if ends else "budget"
+    reason = ends[-1] if ends else "budget"
+    _show_what_is_next(summary, reason, console, sample)
+    return summary, reason
 
 
 def _run(
@@ -200,15 +206,14 @@ def _run(
     threads: int | None,
 ) -> "Summary":
     """The one place where the command line meets the trainer, and torch is imported."""
+    from colossus.data import RichProgress
+    from colossus.observe.run_directory import RunDirectory
     from colossus.trainer import run
 
+    watching: Any = {"observers": observers, "threads": threads, "progress": RichProgress()}
     if resume is not None:
-        from colossus.observe.run_directory import RunDirectory
-
-        return run.resume(RunDirectory.open(resume, runs), observers=observers, threads=threads)
-    return run.start(
-        config, runs_directory=runs, name=name or config.name, observers=observers, threads=threads
-    )
+        return run.resume(RunDirectory.open(resume, runs), **watching)
+    return run.start(config, runs_directory=runs, name=name or config.name, **watching)
 
 
 @contextlib.contextmanager
@@ -225,19 +230,19 @@ def _view(config: "RunConfig", title: str, console: "Console") -> "Iterator[Obse
         yield Lines(config, lambda line: print(line, file=console.file, flush=True))
 
 
-def _show_what_is_next(summary: "Summary", console: "Console", sample: bool) -> None:
+def _show_what_is_next(summary: "Summary", reason: str, console: "Console", sample: bool) -> None:
     from rich.text import Text
 
     run = Path(summary.run_dir)
     if sample and (run / "sample.txt").is_file():
         console.print("\nThe model writes:\n", style="dim")
         console.print(Text((run / "sample.txt").read_text(encoding="utf-8", errors="replace").rstrip()))
-    console.print(f"\n{run}", style="bold", highlight=False, soft_wrap=True)
-    for note in (
-        "look: curves.png, README.md, sample.txt",
-        f"try:  colossus generate {run} --prompt 'import '",
-    ):
-        console.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
+    console.print(f"\n{run}", style="bold", soft_wrap=True)
+    notes = ["look:  curves.png, README.md", f"try:   colossus generate {run} --prompt 'import '"]
+    if reason == "interrupted":
+        notes.append(f"go on: colossus train --resume {run}")
+    for note in notes:
+        console.print(f"  {note}", style="dim", soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -251,7 +256,8 @@ def _stdout_kept_for_json(json: bool) -> Iterator[None]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

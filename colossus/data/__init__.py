@@ -7,7 +7,7 @@ held_out = heldout_windows(corpus, context_tokens=256, max_tokens=100_000)
 """
 
 from colossus.data.batches import IGNORED, Batch, BatchReader
-from colossus.data.corpus import Corpus
+from colossus.data.corpus import Corpus, corpus_directory
 from colossus.data.heldout import HeldOutWindows, heldout_windows
 from colossus.data.manifest import Manifest
 from colossus.data.order import Mixture, SampleOrder, WindowOrder
@@ -32,6 +32,7 @@ __all__ = [
     "StreamingDecoder",
     "Tokenizer",
     "WindowOrder",
+    "corpus_directory",
     "heldout_windows",
     "prepare",
     "read_documents",

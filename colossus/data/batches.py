@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colossus.data.corpus import Corpus
+from colossus.data.manifest import SourceRecord
 from colossus.data.order import SampleOrder
 from colossus.errors import DataError
 
@@ -81,6 +82,13 @@ class BatchReader:
         return Batch(tokens, rows[:, 1:], document_indices(tokens, self.end_of_document), samples)
 
 
+def _left_out(record: SourceRecord) -> str:
+    """Where a source's other documents are, when it has too few."""
+    if not record.duplicates and not record.heldout.documents:
+        return ""
+    return f" ({record.heldout.documents:,} documents are held out, {record.duplicates:,} are duplicates)"
+
+
 def refuse_small(corpus: Corpus, order: SampleOrder, context_tokens: int, sequences: int) -> None:
     """Raises DataError, with numbers and what would work, when one batch would need some window twice."""
     if context_tokens < 1 or sequences < 1:
@@ -104,5 +112,5 @@ def refuse_small(corpus: Corpus, order: SampleOrder, context_tokens: int, sequen
         raise DataError(
             f"source {record.source.path!r} is too small: it has {tokens:,} training tokens in "
             f"{record.train.documents:,} documents, and one batch takes {needed:,} windows of "
-            f"{context_tokens:,} from it. Works: {', or '.join(works)}"
+            f"{context_tokens:,} from it{_left_out(record)}. Works: {', or '.join(works)}"
         )

@@ -9,6 +9,7 @@ from colossus.data.shards import TokenStream, index_name
 from colossus.data.storage import hash_file
 from colossus.data.tokenizer import Tokenizer
 from colossus.errors import DataError
+from colossus.spec.base import fingerprint
 from colossus.spec.data import DataConfig, LoadedTokenizer
 
 
@@ -88,8 +89,11 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the whole manifest, shard hashes included: equal corpora have equal tokens."""
-        return self.manifest.fingerprint()
+        """16 hex digits of the content: tokenizer and shards. The same wherever and whenever it was
+        prepared."""
+        splits = [split for record in self.manifest.sources for split in (record.train, record.heldout)]
+        shards = [[(shard.tokens_hash, shard.index_hash) for shard in split.shards] for split in splits]
+        return fingerprint([self.manifest.tokenizer.file_hash, self.manifest.token_dtype, shards])
 
     def train_stream(self, source: int) -> TokenStream:
         """The training tokens of one source."""
@@ -183,3 +187,8 @@ def _paths(config: DataConfig) -> str:
         f"{source.path!r} (weight {source.weight:g}, field {source.text_field!r})"
         for source in config.sources
     )
+
+
+def corpus_directory(config: DataConfig, runs_directory: Path) -> Path:
+    """Where runs keep the corpus that `config` describes: runs of the same text and tokenizer share it."""
+    return runs_directory / "corpora" / config.fingerprint()

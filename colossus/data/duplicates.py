@@ -26,8 +26,8 @@ HASH = np.dtype([("high", ">u8"), ("low", ">u8")])
 PLACED = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<i8")])
 BLOCK_DOCUMENTS = 1 << 19
 """About 50 MB in flight per block or bucket, sorting included."""
-RANGE_DOCUMENTS = 1 << 24
-"""Verdicts made at a time: 16 MB."""
+RANGE_DOCUMENTS = 1 << 20
+"""Verdicts made at a time; their hashes are 16 MB."""
 
 Array = npt.NDArray[Any]
 
@@ -105,8 +105,12 @@ def spill_places(places: Array, work: Path, range_documents: int) -> None:
 
 
 def first_and_repeats(placed: Array) -> tuple[Array, Array]:
-    """Splits documents into the earliest of each hash (sorted by hash) and all others."""
-    placed = placed[np.lexsort((placed["place"], placed["low"], placed["high"]))]
+    """Splits documents into the earliest of each hash (sorted by hash) and all others.
+
+    Of equal hashes the earlier place comes first in `placed`: blocks are in order of place, and buckets are
+    filled block by block. The sort is stable and keeps that.
+    """
+    placed = placed[np.lexsort((placed["low"], placed["high"]))]
     repeated = np.zeros(len(placed), bool)
     repeated[1:] = (placed["high"][1:] == placed["high"][:-1]) & (placed["low"][1:] == placed["low"][:-1])
     return placed[~repeated], placed[repeated]

@@ -18,8 +18,8 @@ from colossus.data.tokenizer import Ids, Tokenizer
 from colossus.spec.base import Frozen
 from colossus.spec.data import Source
 
-BATCH_BYTES = 1 << 20
-"""Text encoded at a time; a token costs the library some 100 bytes while it is on the way."""
+BATCH_BYTES = 1 << 19
+"""Text encoded at a time; the library takes some 200 bytes for each while it is on the way."""
 
 
 class Place(Frozen):

@@ -70,8 +70,8 @@ class ZstandardStream:
 
     def _fill(self) -> bool:
         if not self._compressed:
-            # Small steps: one compressed block may hold many times its size.
-            self._compressed = self._file.read(32 << 10)
+            # Small steps: a few compressed bytes may hold 128 KiB, and a step is decompressed whole.
+            self._compressed = self._file.read(1 << 10)
         if not self._compressed:
             if self._frame is not None:
                 raise EOFError("the last frame is cut off")
@@ -186,7 +186,15 @@ def json_texts(stream: Stream, text_field: str) -> Iterator[Text]:
         if isinstance(text, UnusableError):
             yield text
         else:
-            yield from pieces(text, RECORD_TEXT_BYTES)
+            yield from record_texts(text)
+
+
+def record_texts(text: bytes) -> Iterator[Text]:
+    """One record's text: whole, empty, or in pieces when it is very large."""
+    if len(text) <= RECORD_TEXT_BYTES:
+        yield text
+    else:
+        yield from pieces(text, RECORD_TEXT_BYTES)
 
 
 def json_text(line: bytes, number: int, offset: int, text_field: str) -> Text:
@@ -270,10 +278,8 @@ def parquet_text(value: Any, row: int, text_field: str) -> Iterator[Text]:
         text = text_bytes(value, f"row {row}", text_field)
     if isinstance(text, UnusableError):
         yield text
-    elif text:
-        yield from pieces(text, RECORD_TEXT_BYTES)
     else:
-        yield text
+        yield from record_texts(text)
 
 
 def texts(path: Path, text_field: str, skip_binary: bool) -> Iterator[Text]:

@@ -29,7 +29,9 @@ def fetch(source: Source, path: Path, progress: Progress) -> None:
     """
     name, configuration = _parts(source.path)
     datasets = _library(name)
-    within(ANSWER_S, lambda: _ask(name), name)
+    from huggingface_hub import HfApi  # comes with datasets
+
+    within(ANSWER_S, lambda: HfApi().dataset_info(name, timeout=ANSWER_S), name)
     progress.stage(f"fetching {source.path}", None)
     records: Iterator[dict[str, Any]]
     try:
@@ -66,12 +68,6 @@ def _library(name: str) -> Any:
             "pip install 'colossus-llm[hub]', or name files on this machine"
         ) from error
     return datasets
-
-
-def _ask(name: str) -> None:
-    from huggingface_hub import HfApi
-
-    HfApi().dataset_info(name, timeout=ANSWER_S)
 
 
 def within(seconds: float, question: Callable[[], T], name: str) -> T:

@@ -13,6 +13,7 @@ rename.
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,16 +34,17 @@ from colossus.data.progress import Progress, SilentProgress
 from colossus.data.readers import is_hub, listing_fingerprint
 from colossus.data.sample import limit_variety, sampled_texts
 from colossus.data.shards import SHARD_TOKENS, token_dtype
-from colossus.data.storage import exclusive_lock, publish, write_atomically
+from colossus.data.storage import exclusive_lock, publish, return_free_memory, write_atomically
 from colossus.data.survey import SourceChangedError, Survey, survey_source
 from colossus.data.tokenizer import FILE_NAMES, Tokenizer
 from colossus.errors import DataError
 from colossus.spec.base import fingerprint
 from colossus.spec.data import DataConfig, LoadedTokenizer, Source, TrainedTokenizer
 
-LOCK_NAME = ".lock"
+LOCK_NAME = ".corpus.lock"
 PLAN_NAME = "plan.json"
-GENERATION_PREFIX = "corpus-"
+GENERATION = re.compile(r"corpus-[0-9a-f]{16}")
+GENERATION_PARTS = re.compile(r"plan\.json.*|manifest\.json.*|tokenizer\..*|source-\d+|work")
 
 
 def prepare(
@@ -71,9 +73,11 @@ def prepare(
         if ready is not None:
             return ready
         directory.mkdir(parents=True, exist_ok=True)
-        refuse_strangers(directory)
+        if not (directory / LOCK_NAME).exists():
+            refuse_strangers(directory)  # before the lock leaves a file there
         waiting = f"waiting for another preparation of {directory}"
         with exclusive_lock(directory / LOCK_NAME, lambda: progress.stage(waiting, None)):
+            refuse_strangers(directory)
             return up_to_date(directory, plan) or build(plan, directory, progress)
     except OSError as error:
         raise DataError(disk_trouble(error, directory)) from error
@@ -119,7 +123,7 @@ class BuildPlan:
     @property
     def generation(self) -> str:
         """The folder that holds what this plan makes."""
-        return GENERATION_PREFIX + self.fingerprint
+        return f"corpus-{self.fingerprint}"
 
     def description(self) -> dict[str, object]:
         """What `plan.json` says."""
@@ -176,39 +180,48 @@ def refuse_strangers(directory: Path) -> None:
 
 
 def is_generation(path: Path) -> bool:
-    """Whether a folder was begun by a preparation; an empty one was cut off before its first file."""
-    if not (path.name.startswith(GENERATION_PREFIX) and path.is_dir()):
+    """Whether a folder was made by a preparation, finished or not: by its name and the names of all it
+    holds."""
+    if not (GENERATION.fullmatch(path.name) and path.is_dir()):
         return False
-    return (path / PLAN_NAME).exists() or all(entry.name.startswith(PLAN_NAME) for entry in path.iterdir())
+    return all(GENERATION_PARTS.fullmatch(entry.name) for entry in path.iterdir())
+
+
+def remove_generation(path: Path) -> None:
+    """Removes a generation, its plan first: one without a plan is not gone on with should this be cut off."""
+    if path.exists():
+        (path / PLAN_NAME).unlink(missing_ok=True)
+        shutil.rmtree(path)
 
 
 def build(plan: BuildPlan, directory: Path, progress: Progress) -> Corpus:
     """Runs the stages that are not finished yet. The caller holds the lock."""
-    target = directory / plan.generation
+    target, work = directory / plan.generation, directory / plan.generation / "work"
     if current_generation(directory) == plan.generation:
         # Same plan, yet not up to date: shards are damaged, so nothing of it can be trusted.
         (directory / MANIFEST_NAME).unlink()
-        shutil.rmtree(target, ignore_errors=True)
+        remove_generation(target)
     for stale in generations(directory):
-        if stale.name not in (plan.generation, current_generation(directory)):
-            shutil.rmtree(stale)
+        # Left by an unfinished preparation of something else, or by a removal that was cut off.
+        is_wanted = stale.name == plan.generation and (stale / PLAN_NAME).exists()
+        if not is_wanted and stale.name != current_generation(directory):
+            remove_generation(stale)
     finished = target / MANIFEST_NAME
     if not finished.exists():
-        work = target / "work"
-        work.mkdir(parents=True, exist_ok=True)
-        if not (target / PLAN_NAME).exists():
-            write_atomically(target / PLAN_NAME, json.dumps(plan.description(), indent=1).encode())
+        target.mkdir(exist_ok=True)
+        write_atomically(target / PLAN_NAME, json.dumps(plan.description(), indent=1).encode())
+        work.mkdir(exist_ok=True)
         try:
             manifest = run_stages(plan, target, work, progress)
         except SourceChangedError:
-            shutil.rmtree(target, ignore_errors=True)  # what was surveyed is not there any more
+            remove_generation(target)  # what was surveyed is not there any more
             raise
         write_atomically(finished, manifest.to_json())
-    shutil.rmtree(target / "work", ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     publish(finished, directory / MANIFEST_NAME)
     for stale in generations(directory):
         if stale.name != plan.generation:
-            shutil.rmtree(stale, ignore_errors=True)
+            remove_generation(stale)
     return Corpus.open(directory)
 
 
@@ -285,6 +298,7 @@ def make_tokenizer(
         progress.stage("training the tokenizer", None)
         texts = sampled_texts([work / survey.sample for survey in surveys], wanted.max_training_bytes)
         tokenizer = Tokenizer.train(limit_variety(texts), wanted.vocab_size)
+        return_free_memory()  # of the learner, before encoding needs its own
     else:
         tokenizer = Tokenizer.load(Path(wanted.path))
     token_dtype(tokenizer.vocab_size)

@@ -71,7 +71,8 @@ class Skips:
     def add(self, reason: str, example: str) -> None:
         """One more for `reason`."""
         self.counts[reason] += 1
-        self.examples.setdefault(reason, example)
+        # File names need not be UTF-8; what is said about them must be.
+        self.examples.setdefault(reason, example.encode("utf-8", "backslashreplace").decode())
 
     def __str__(self) -> str:
         """`"binary 3 (first: a.png, it has …), empty 1 (first: b.txt)"`."""

@@ -1,6 +1,7 @@
 """Token after token, with a cache of keys and values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -11,21 +12,30 @@ from colossus.models import Cache, Decoder
 
 def generate(
     model: Decoder, tokenizer: Tokenizer, prompt: str, sampling: Sampling, *, cached: bool = True
-) -> Iterator[str]:
+) -> Generator[str, None, int]:
     """What the model writes after `prompt`, in pieces as they come; the prompt itself is not repeated.
 
-    Ends at `sampling.max_tokens`, before the first stop text, or where the model ends the document.
+    Ends at `sampling.max_tokens`, before the first stop text, or where the model ends the document. Returns how many
+    tokens the model was asked for, a closing one among them.
     """
     prompt_ids = [tokenizer.end_of_document, *map(int, tokenizer.encode(prompt))]
-    pieces = _decoded(tokenizer, generate_tokens(model, prompt_ids, sampling, cached=cached), sampling.max_tokens)
-    yield from _until_stop(pieces, sampling.stop)
+    num_tokens = 0
+
+    def counted() -> Iterator[int]:
+        nonlocal num_tokens
+        for token in islice(generate_tokens(model, prompt_ids, sampling, cached=cached), sampling.max_tokens):
+            num_tokens += 1
+            yield token
+
+    yield from _until_stop(_decoded(tokenizer, counted()), sampling.stop)
+    return num_tokens
 
 
 @torch.no_grad()
 def generate_tokens(
     model: Decoder, prompt: Sequence[int], sampling: Sampling, *, cached: bool = True
 ) -> Iterator[int]:
-    """Ids without end, after a prompt of at least one id. The first id of the prompt opens a document.
+    """Ids without end, after a prompt of at least one id; the model was trained on documents that open with END.
 
     The model sees the last tokens as they fit its context: when it is full, the older half is forgotten, so the cost
     of a token stays bounded. Without `cached` every token is computed from scratch: slower, and the same.
@@ -54,9 +64,9 @@ def generate_tokens(
         window.append(token)
 
 
-def _decoded(tokenizer: Tokenizer, tokens: Iterator[int], max_tokens: int) -> Iterator[str]:
+def _decoded(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     decoder = tokenizer.stream()
-    for _, token in zip(range(max_tokens), tokens, strict=False):
+    for token in tokens:
         if token == tokenizer.end_of_document or token >= tokenizer.vocab_size:
             break
         yield decoder.push(token)
@@ -64,16 +74,16 @@ def _decoded(tokenizer: Tokenizer, tokens: Iterator[int], max_tokens: int) -> It
 
 
 def _until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Passes text on up to the first stop text; holds back what may turn out to be the beginning of one."""
-    longest = max(map(len, stop), default=0)
+    """Passes text on up to the stop text that is whole first; holds back what may be the beginning of one."""
+    longest = max(map(len, stop), default=1)
     held = ""
     for piece in pieces:
         held += piece
-        found = [held.find(text) for text in stop if text in held]
+        found = [(held.find(text) + len(text), held.find(text)) for text in stop if text in held]
         if found:
-            yield held[: min(found)]
+            yield held[: min(found)[1]]
             return
-        safe = max(0, len(held) - max(0, longest - 1))
+        safe = max(0, len(held) - (longest - 1))
         if safe:
             yield held[:safe]
             held = held[safe:]

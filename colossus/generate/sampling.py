@@ -1,5 +1,6 @@
 """How the next token is chosen from the model's prediction."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class Sampling:
     """Texts to stop before."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}; it is 0 or more, 1 is as the model says")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; at least the 1 likeliest token must be left to choose")
@@ -35,22 +36,21 @@ class Sampling:
             raise ConfigError(f"top_p is {self.top_p}; it is a probability above 0 and up to 1")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens is {self.max_tokens}; it is at least 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it is from 0 up to 2^63 - 1")
         if "" in self.stop:
             raise ConfigError("an empty stop text would stop before the first token")
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The id chosen by float32 logits (vocab_size,)."""
+    """The id chosen by logits (vocab_size,)."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.numel():
-        smallest = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
+    # From the largest down, in float64: the lowest temperature then gives 0 and -inf, and never inf - inf.
+    logits, ids = logits.double().sort(descending=True, stable=True)
+    probabilities = ((logits - logits[0]) / sampling.temperature)[: sampling.top_k].softmax(-1)
+    if sampling.top_p is not None:
         # A token stays if those likelier than it do not reach top_p yet; so the likeliest always stays.
-        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        logits = logits.scatter(0, order[dropped], -torch.inf)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

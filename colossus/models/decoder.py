@@ -1,6 +1,6 @@
 """The decoder: the file to read first. Single-device code that knows nothing of parallelism.
 
-    tokens ─► embedding (+ n-gram embedding) ─► layers × [norm ─► attention ─► +, norm ─► MLP ─► +] ─► norm ─► head
+    tokens ─► embedding (+ n-grams, + recall) ─► layers × [norm ─► attention ─► +, norm ─► MLP ─► +] ─► norm ─► head
 
 Which parts it is made of is decided once, when it is built from a `ModelSpec`.
 """
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colossus.models.attention import Attention, LayerCache, attention_mask
-from colossus.models.ngrams import ngram_rows
+from colossus.models.lookups import ngram_rows, recall_rows
 from colossus.models.parts import GatedMlp, Linear, Mlp, RmsNorm
-from colossus.spec.model import ModelSpec, NgramSpec
+from colossus.spec.model import ModelSpec, NgramSpec, RecallSpec
 
 
 class Embedding(nn.Module):
@@ -29,22 +29,38 @@ class Embedding(nn.Module):
         return F.embedding(rows, self.weight)
 
 
-class NgramEmbedding(nn.Module):
-    """Adds to each token's embedding a row for the pair, the triple … of tokens that ends in it, found by hash.
+class SparseEmbedding(Embedding):
+    """A table of which a step looks up few rows: its gradient is sparse, and holds just those."""
 
-    It costs no matmul: a lookup gives the first layer what it would otherwise spend attention on. Its gradient is
-    sparse: a step touches only the rows that its batch names.
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight, sparse=self.weight.requires_grad)
+
+
+class NgramEmbedding(SparseEmbedding):
+    """Rows for the pair, the triple … of tokens that ends at each position, found by hash, summed.
+
+    It costs no matmul: a lookup gives the first layer what it would otherwise spend attention on.
     """
 
     def __init__(self, spec: NgramSpec, hidden_size: int) -> None:
-        super().__init__()
+        super().__init__(len(spec.orders) * spec.num_rows, hidden_size)
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(len(spec.orders) * spec.num_rows, hidden_size))
 
     def forward(self, tokens: Tensor, documents: Tensor) -> Tensor:
         """tokens, documents: (batch, tokens). Returns (batch, tokens, hidden_size)."""
-        rows = ngram_rows(tokens, documents, self.spec)
-        return F.embedding(rows, self.weight, sparse=self.weight.requires_grad).sum(0)
+        return super().forward(ngram_rows(tokens, documents, self.spec)).sum(0)
+
+
+class RecallEmbedding(SparseEmbedding):
+    """A row for the token that came next the last time, if there was one."""
+
+    def __init__(self, spec: RecallSpec, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(len(spec.orders) * vocab_size + 1, hidden_size)
+        self.spec, self.vocab_size = spec, vocab_size
+
+    def forward(self, tokens: Tensor, documents: Tensor) -> Tensor:
+        """tokens, documents: (batch, tokens). Returns (batch, tokens, hidden_size)."""
+        return super().forward(recall_rows(tokens, documents, self.spec, self.vocab_size))
 
 
 class Layer(nn.Module):
@@ -65,7 +81,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size)
-        self.ngram_embedding = None if spec.ngrams is None else NgramEmbedding(spec.ngrams, spec.hidden_size)
+        self.ngram_embedding = NgramEmbedding(spec.ngrams, spec.hidden_size) if spec.ngrams else None
+        self.recall_embedding = (
+            RecallEmbedding(spec.recall, spec.vocab_size, spec.hidden_size) if spec.recall else None
+        )
         self.embedding_norm = RmsNorm(spec.hidden_size, spec.norm) if spec.embedding_norm else None
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
         self.final_norm = RmsNorm(spec.hidden_size, spec.norm)
@@ -96,8 +115,9 @@ class Decoder(nn.Module):
             first_position = cache.length
             tokens, documents = cache.extend(tokens, documents)
         x = self.embedding(tokens[:, first_position:])
-        if self.ngram_embedding is not None:
-            x = x + self.ngram_embedding(tokens, documents)[:, first_position:]
+        for lookup in (self.ngram_embedding, self.recall_embedding):
+            if lookup is not None:
+                x = x + lookup(tokens, documents)[:, first_position:]
         x = x.to(dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)

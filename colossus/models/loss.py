@@ -15,11 +15,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, cap: float | None, z_loss: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        cap: float | None,
+        z_loss: float,
+        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = hidden.dtype
         head = weight.to(dtype)
-        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         grad_head = torch.zeros_like(weight) if wants_gradient else None
         objective = hidden.new_zeros((), dtype=torch.float32)
@@ -34,11 +40,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             probabilities = torch.softmax(logits, -1, dtype=torch.float32)
             # The largest probability is at least 1/vocabulary, so this cannot underflow as the target's own can.
             top_logit, top = logits.max(-1, keepdim=True)
-            log_partition = top_logit.float() - probabilities.gather(1, top).log()
-            chunk_loss = (log_partition - logits.gather(1, target)).sum()
+            log_top = probabilities.gather(1, top).log()
+            # Logits first: their difference is small where they themselves are large.
+            chunk_loss = (top_logit.float() - logits.gather(1, target).float() - log_top).sum()
             loss += chunk_loss
             objective += chunk_loss
             if z_loss:
+                log_partition = top_logit.float() - log_top
                 objective += z_loss * log_partition.square().sum()
             if not wants_gradient:
                 continue
@@ -59,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_head * scale, None, None, None, None
+        return grad_hidden * scale, grad_head * scale, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -77,5 +85,9 @@ def chunked_cross_entropy(
     targets: int64 (tokens,). Returns (objective, loss), float32 scalars: the objective to differentiate is the loss
     plus `z_loss` · log-partition² (arXiv:2204.02311), the loss is for reporting and carries no gradient.
     """
-    objective, loss = _ChunkedCrossEntropy.apply(hidden, head_weight, targets, chunk_tokens, soft_cap, z_loss)
+    # Inside the function torch says that gradients are wanted even where they are switched off.
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
+    objective, loss = _ChunkedCrossEntropy.apply(
+        hidden, head_weight, targets, chunk_tokens, soft_cap, z_loss, wants_gradient
+    )
     return objective, loss

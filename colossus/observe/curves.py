@@ -60,7 +60,7 @@ def _loss(panel: "Axes", told: History) -> None:
     tokens, losses = [step.tokens for step in told.steps], [step.loss for step in told.steps]
     panel.plot(tokens, losses, color=_LOSS, alpha=0.25, linewidth=0.8)
     smoothed = smooth(losses, half_life=max(5.0, len(losses) / 200))
-    panel.plot(tokens, smoothed, color=_LOSS, linewidth=1.8, label=f"{smoothed[-1]:.3f}, smoothed")
+    panel.plot(tokens, smoothed, color=_LOSS, linewidth=1.8, label="smoothed")
     _mark_skipped(panel, told)
     _mark_resumes(panel, told)
     panel.legend(frameon=False, labelcolor=_INK, loc="upper right")

@@ -19,6 +19,10 @@ _STYLES: dict[State, str] = {
 }  # fmt: skip
 
 
+_COLUMNS = ("run", "model", "params", "steps", "tokens", "bits/byte", "state", "when", "size")
+_NUMBERS = ("params", "steps", "tokens", "bits/byte", "size")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
     """One run in one row. None: not known."""
@@ -65,49 +69,40 @@ def overview(run: RunDirectory) -> Overview:
     )
 
 
-def overview_table(rows: list[Overview], now_s: float) -> "Table":
-    """All runs, the last active one at the foot, where the eye is."""
+def overview_table(rows: list[Overview], now_s: float, width: int) -> "Table":
+    """All runs, the last active one at the foot, where the eye is; narrow ones leave the size out."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for name in (
-        "run",
-        "model",
-        "params",
-        "steps",
-        "tokens",
-        "held-out bits/byte",
-        "state",
-        "when",
-        "on disk",
-    ):
-        table.add_column(
-            name, justify="left" if name in ("run", "model", "state", "when") else "right", no_wrap=True
-        )
+    left_out = {"size", "steps"} if width < 80 else {"size"} if width < 100 else set()
+    columns = [name for name in _COLUMNS if name not in left_out]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in columns:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=True)
     for row in sorted(rows, key=lambda row: row.last_active_s):
         bits = row.heldout_bits_per_byte
-        table.add_row(
-            Text(row.name, style="bold"),
-            row.model or "?",
-            format_count(row.num_params) if row.num_params else "?",
-            f"{row.steps:,}",
-            format_count(row.tokens),
-            f"{bits:.4f}" if bits is not None else "-",
-            Text(row.state, style=_STYLES[row.state]),
-            how_long_ago(now_s - row.last_active_s),
-            format_bytes(row.num_bytes),
-        )
+        cells: dict[str, Text | str] = {
+            "run": Text(row.name, style="bold"),
+            "model": row.model or "?",
+            "params": format_count(row.num_params) if row.num_params else "?",
+            "steps": f"{row.steps:,}",
+            "tokens": format_count(row.tokens),
+            "bits/byte": f"{bits:.4f}" if bits is not None else "-",
+            "state": Text(row.state, style=_STYLES[row.state]),
+            "when": how_long_ago(now_s - row.last_active_s),
+            "size": format_bytes(row.num_bytes),
+        }
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
 def how_long_ago(seconds: float) -> str:
-    """`"just now"`, `"5 minutes ago"`, `"3 days ago"`."""
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+    """`"now"`, `"5 min ago"`, `"3 days ago"`."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("min", 60)):
         count = int(seconds // length)
         if count:
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "just now"
+            return f"{count} {unit}{'s' if count > 1 and unit != 'min' else ''} ago"
+    return "now"
 
 
 def detail(run: RunDirectory) -> "list[Table | Text]":

@@ -86,10 +86,7 @@ class RunDirectory:
     @classmethod
     def create(cls, runs_directory: Path | str, name: str) -> Self:
         """A new directory `name-001`, `name-002`, …: one that no other process has, after the last one."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ConfigError(
-                f"{name!r} cannot name a run; use letters, digits, '.', '_' and '-', a letter or digit first"
-            )
+        check_name(name)
         runs = Path(runs_directory)
         try:
             runs.mkdir(parents=True, exist_ok=True)
@@ -219,7 +216,7 @@ class RunDirectory:
         return elsewhere and time.time() - self.last_active_s() < _SILENT_FOR_S
 
     def state(self, events: Sequence[Event] | None = None) -> State:
-        """What has become of it, from the lock and the last start or end in the log, read here if not given."""
+        """What has become of it, by its lock and the last start or end in the log, read here if not given."""
         marks = [event for event in (self.events() if events is None else events) if _is_mark(event)]
         last = marks[-1] if marks else None
         if self.is_locked():
@@ -241,6 +238,14 @@ class RunDirectory:
             with contextlib.suppress(OSError):  # checkpoints come and go while a run is on
                 total += path.lstat().st_size if not path.is_dir() else 0
         return total
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for what cannot name a run."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(
+            f"{name!r} cannot name a run; use letters, digits, '.', '_' and '-', a letter or digit first"
+        )
 
 
 def _is_mark(event: Event) -> bool:

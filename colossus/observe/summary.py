@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Measured over the whole run, all the times it was resumed included. None: not measured."""
+    """A run at its end, over all the times it was resumed where not said otherwise. None: not measured."""
 
     run_dir: str
     steps: int
     tokens: int
     num_params: int
     wall_s: float
-    """From the start of the process to its end, preparation and evaluation included."""
+    """Of the process that ended the run, from its start: preparation and evaluation included."""
     cpu_s: float
-    """CPU time over the same span, all threads and child processes."""
+    """CPU time that counts against a budget of it: start-up and training, all the times it was resumed."""
     tokens_per_s: float
     """Median over the run's steps."""
     mfu: float | None

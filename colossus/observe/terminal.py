@@ -138,7 +138,9 @@ class TerminalView:
     def _figures(self) -> Table:
         tracker, step = self._tracker, self._tracker.step
         assert step is not None
-        grid = Table.grid(padding=(0, 3, 0, 0))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for _ in range(4):
+            grid.add_column(no_wrap=True)
         saved = tracker.checkpoint
         checkpoint = (
             f"step {saved.step:,}, {format_seconds(max(0.0, time.time() - saved.time_s))} ago"
@@ -152,7 +154,7 @@ class TerminalView:
             _figure("MFU", f"{tracker.mfu:.0%}"),
         )
         grid.add_row(
-            _figure(" learning rate", f"{step.learning_rate:.2g}"),
+            _figure(" lr", f"{step.learning_rate:.2g}"),
             _figure("gradient", f"{step.gradient_norm:.2g}"),
             _figure("memory", format_bytes(step.memory_bytes)),
             _figure("checkpoint", checkpoint),

@@ -11,21 +11,32 @@ Coefficients = tuple[float, float, float]
 QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
 """The one polynomial of the original Newton-Schulz iteration (kellerjordan.github.io/posts/muon)."""
 
-POLAR_EXPRESS: tuple[Coefficients, ...] = (
+_BEST: tuple[Coefficients, ...] = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
 )
-"""A polynomial for each of five steps, each the best for what the one before leaves (arXiv:2505.16932)."""
+"""A polynomial for each step, each the best for what those before leave (Polar Express, arXiv:2505.16932)."""
+
+_LIMIT: Coefficients = (1.875, -1.25, 0.375)
+"""What they tend to: Newton-Schulz of fifth order."""
+
+_SAFETY = 1.01
+"""Singular values are taken for so much smaller than they are: each polynomial rises steeply just outside the range
+that it is made for, and rounding to bfloat16 gets there, so that without this a value in ten thousands is possible."""
 
 
 def polynomials(num_steps: int) -> tuple[Coefficients, ...]:
-    """The polynomials of `num_steps` steps: Polar Express, whose last one repeats beyond the fifth."""
-    if num_steps >= len(POLAR_EXPRESS):
-        return POLAR_EXPRESS + (POLAR_EXPRESS[-1],) * (num_steps - len(POLAR_EXPRESS))
-    return (*POLAR_EXPRESS[: num_steps - 1], POLAR_EXPRESS[-1])
+    """The polynomials of `num_steps` steps of Polar Express."""
+    safe = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _BEST)
+    return safe[:num_steps] + (_LIMIT,) * (num_steps - len(safe))
+
+
+POLAR_EXPRESS = polynomials(5)
 
 
 def orthogonalise(matrices: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:

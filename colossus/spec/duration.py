@@ -67,10 +67,11 @@ class Duration(Frozen):
         return {"amount": parse_number(count) * scale, "unit": unit}
 
     def __str__(self) -> str:
-        if self.unit == "seconds" and self.amount % 60 == 0:
-            return f"{self.amount / 60:g} minutes"
-        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
-        return f"{amount} {self.unit}"
+        """What `parse` gives the same duration for."""
+        amount, unit = self.amount, str(self.unit)
+        if unit == "seconds" and amount % 60 == 0 and amount / 60 * 60 == amount:
+            amount, unit = amount / 60, "minutes"
+        return f"{int(amount) if amount == int(amount) else amount} {unit}"
 
     def describe(self) -> str:
         """For people: `"10M tokens"`."""

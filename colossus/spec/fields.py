@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, without None and Annotated's wrapping; any other type is its own only choice."""
+    """The members of a union, without None and Annotated's wrapping; any other type is its own choice."""
     if get_origin(annotation) is Annotated:
         return choices(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):

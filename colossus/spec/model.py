@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from colossus.spec.base import Frozen
 
@@ -56,12 +56,32 @@ class NormSpec(Frozen):
     weighted: bool = True
 
 
+def _rising(orders: tuple[int, ...]) -> tuple[int, ...]:
+    if list(orders) != sorted(set(orders)):
+        raise ValueError(f"{list(orders)} must rise, each order named once: each has rows of its own")
+    return orders
+
+
 class NgramSpec(Frozen):
     """Embeddings of the last n tokens together, looked up by hash in a table of `num_rows` rows per order n
     (over-tokenised inputs, arXiv:2501.16975): capacity that costs no matmul."""
 
-    orders: Annotated[tuple[Annotated[int, Field(ge=2, le=5)], ...], Field(strict=False, min_length=1)] = (2, 3)
+    orders: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=5)], ...], Field(strict=False, min_length=1), AfterValidator(_rising)
+    ] = (2, 3)
     num_rows: Positive = 65_536
+
+
+class RecallSpec(Frozen):
+    """An embedding of what came next the last time: of the token that followed the latest earlier occurrence, in the
+    same document, of the n tokens that end here, for the longest n of `orders` that has occurred.
+
+    What an induction head (arXiv:2209.11895) has to learn, two layers deep, is here from the first step.
+    """
+
+    orders: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=5)], ...], Field(strict=False, min_length=1), AfterValidator(_rising)
+    ] = (1, 2, 3, 4)
 
 
 class AttentionSpec(Frozen):
@@ -113,6 +133,7 @@ class ModelSpec(Frozen):
     embedding_norm: bool = False
     """Normalise the embeddings before the first layer."""
     ngrams: NgramSpec | None = None
+    recall: RecallSpec | None = None
     tied_embeddings: bool = False
     """The head uses the embedding's weights."""
     logit_soft_cap: Annotated[float, Field(gt=0)] | None = None
@@ -147,6 +168,9 @@ class ModelSpec(Frozen):
         if self.ngrams is not None:
             rows = len(self.ngrams.orders) * self.ngrams.num_rows
             yield ParameterSpec("ngram_embedding.weight", (rows, hidden), "sparse_embedding")
+        if self.recall is not None:
+            rows = len(self.recall.orders) * self.vocab_size + 1
+            yield ParameterSpec("recall_embedding.weight", (rows, hidden), "sparse_embedding")
         if self.embedding_norm:
             yield from norm("embedding_norm")
         for i in range(self.num_layers):

@@ -50,7 +50,6 @@ class TrainState:
                 raise CheckpointError(f"the checkpoint has no tensor model.{name}")
             parameter.copy_(tensors[f"model.{name}"])
         owner = {parameter: o for o in self.optimizers for group in o.param_groups for parameter in group["params"]}
-        # The longest parameter name that fits, as one parameter's name may begin with another's.
         for full_name, tensor in tensors.items():
             if not full_name.startswith("optimizer."):
                 continue

@@ -1,13 +1,13 @@
 """A ladder of small models, from a CPU's minutes to one GPU's hours: one shape, growing.
 
 Heads of 64; depth and width grow together; squared ReLU and q/k-norm with zero-initialised outputs, which learn
-fastest per FLOP at these sizes (docs/LOG.md); n-gram embeddings, which cost no FLOPs at all.
+fastest per FLOP at these sizes (docs/LOG.md); n-gram and recall embeddings, which cost no FLOPs at all.
 """
 
 from dataclasses import dataclass
 
 from colossus.errors import ConfigError, did_you_mean
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, NgramSpec, NormSpec
+from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, NgramSpec, NormSpec, RecallSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +20,9 @@ class Rung:
 
 
 RUNGS = {
-    "spark": Rung(2, 128, 2048, 256, 2**17),
-    "candle": Rung(4, 256, 4096, 512, 2**17),
-    "lamp": Rung(8, 512, 8192, 1024, 2**18),
+    "spark": Rung(2, 128, 1024, 256, 2**17),
+    "candle": Rung(3, 192, 2048, 256, 2**17),
+    "lamp": Rung(6, 384, 4096, 512, 2**18),
     "beacon": Rung(12, 768, 32_768, 1024, 2**19),
     "lighthouse": Rung(24, 1024, 32_768, 2048, 2**19),
 }
@@ -45,4 +45,5 @@ def ladder(rung: str) -> ModelSpec:
         norm=NormSpec(weighted=False),
         embedding_norm=True,
         ngrams=NgramSpec(orders=(2, 3, 4), num_rows=size.ngram_rows),
+        recall=RecallSpec(),
     )

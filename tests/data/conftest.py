@@ -11,10 +11,8 @@ from colossus.spec.data import Source
 
 from .builders import small_config
 
-WORDS = ["the", "of", "def", "return", "self", "x1", "value_name", "3.14", "(a,", "b)", "naïve", "你好", "🙂", "==", "[0]", "#", "todo\n"] + [
-    "",
-    "\t",
-]
+SPACED = "the of def return self x1 value_name 3.14 (a, b) naïve 你好 🙂 == [0] # todo\n \t"
+WORDS = SPACED.split(" ")
 
 
 def sentence(random_words: random.Random, length: int) -> str:

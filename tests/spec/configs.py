@@ -8,7 +8,16 @@ from colossus.spec.data import DataConfig, LoadedTokenizer, Source, TrainedToken
 from colossus.spec.duration import Duration
 from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, RopeSpec
 from colossus.spec.plan import Estimate, Layout, Machine, Memory, Plan
-from colossus.spec.run import AdamW, Batch, Checkpoints, Cosine, Evaluation, Muon, RunConfig, WarmupStableDecay
+from colossus.spec.run import (
+    AdamW,
+    Batch,
+    Checkpoints,
+    Cosine,
+    Evaluation,
+    Muon,
+    RunConfig,
+    WarmupStableDecay,
+)
 
 TEXT = st.text(min_size=1, max_size=12)
 RATE = st.floats(1e-12, 1e6)
@@ -77,7 +86,9 @@ def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 durations = st.builds(
-    Duration, amount=st.floats(1e-9, 1e18), unit=st.sampled_from(["steps", "tokens", "seconds", "cpu_seconds"])
+    Duration,
+    amount=st.floats(1e-9, 1e18),
+    unit=st.sampled_from(["steps", "tokens", "seconds", "cpu_seconds"]),
 )
 adamws = st.builds(
     AdamW, learning_rate=RATE, head_learning_rate=optional(RATE), betas=st.tuples(SHARE, SHARE), epsilon=RATE

@@ -126,7 +126,10 @@ def test_a_value_cannot_smuggle_in_another_key() -> None:
             "unknown key 'optimizer.learning_rat'. Did you mean 'optimizer.learning_rate'?",
         ),
         ("modl.num_layers=3", "unknown key 'modl'. Did you mean 'model'?"),
-        ("optimizer.betas=[0.9, 0.95]", "unknown key 'optimizer.betas'. It belongs to optimizer.kind = 'adamw'."),
+        (
+            "optimizer.betas=[0.9, 0.95]",
+            "unknown key 'optimizer.betas'. It belongs to optimizer.kind = 'adamw'.",
+        ),
         ("learning_rate=3", "'optimizer.learning_rate' or 'optimizer.rest.learning_rate'?"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate is 'fast'; it must be a number"),
         ("seed=1.5", "seed is 1.5; it must be a whole number"),
@@ -187,7 +190,7 @@ def test_a_recipe_is_found_by_name() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match="no recipe 'first-ligt'.*Did you mean 'first-light'"):
+    with pytest.raises(ConfigError, match=r"no recipe 'first-ligt'.*Did you mean 'first-light'"):
         run_config("first-ligt")
 
 
@@ -202,7 +205,7 @@ def test_a_bad_file_is_named(tmp_path: Path) -> None:
     path.write_text("name = 'x'")
     with pytest.raises(ConfigError, match=r"run\.toml: model is missing"):
         run_config(str(path))
-    with pytest.raises(ConfigError, match="cannot read .*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*No such file"):
         run_config(str(tmp_path / "none.toml"))
 
 
