@@ -485,15 +485,24 @@ class Tuner:
 
 def tune_peers(bench: Bench, args: argparse.Namespace) -> None:
     """Search settings for the chosen peers and write benchmarks/peers/tuned.json after each."""
+    if args.like is not None:
+        needed = {"batch", "context", "vocab", "lr", "tied", "precision"}
+        if not isinstance(args.like, dict) or needed - set(args.like):
+            raise BenchmarkError(f"--like has to be a JSON object with all of: {', '.join(sorted(needed))}")
     known = json.loads(TUNED.read_text("utf-8")) if TUNED.exists() else {"peers": {}}
     for name in args.only:
-        tuner = Tuner(bench, PEERS[name], args.budget, args.short_budget, args.shapes, args.like)
-        known["peers"][name] = tuner.tune()
-        known["machine"] = machine()
-        known["date"] = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d")
-        known["method"] = f"ranked at {args.short_budget:g} CPU-s eager, settled at {args.budget:g} CPU-s"
+        found = Tuner(bench, PEERS[name], args.budget, args.short_budget, args.shapes, args.like).tune()
+        found["date"] = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d")
+        found["machine"] = machine()
+        found["method"] = {
+            "ranked": f"{args.short_budget:g} CPU-s each, eager",
+            "settled": f"{args.budget:g} CPU-s, in the mode that promised the most tokens",
+            "tolerance": args.tolerance,
+            "around": args.like,
+        }
+        known["peers"][name] = found
         TUNED.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-        say(f"{name}: best is {short(known['peers'][name]['settings'])}")
+        say(f"{name}: best is {short(found['settings'])}")
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -780,7 +789,7 @@ def parser() -> argparse.ArgumentParser:
         "--like",
         type=json.loads,
         metavar="JSON",
-        help="when tuning: a shorter search around these settings (batch, context, vocab, lr, tied, precision)",
+        help="tune by a shorter search around these settings: batch, context, vocab, lr, tied, precision",
     )
     top.add_argument(
         "--shapes",

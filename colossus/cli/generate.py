@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from colossus.cli.options import JsonOption, RunsOption
+from colossus.errors import ConfigError
 
 Pieces = Generator[str, None, int]
 
@@ -48,6 +49,7 @@ def generate(
     from colossus.generate import generate as pieces
     from colossus.observe.run_directory import RunDirectory
 
+    _check_prompt(prompt)
     found = RunDirectory.open(run, runs)
     samplings = [
         Sampling(
@@ -76,6 +78,13 @@ def generate(
 
         rate = sum(int(sample["num_tokens"]) for sample in samples) / (time.perf_counter() - started)
         typer.echo(dumps({"prompt": prompt, "samples": samples, "tokens_per_s": round(rate, 1)}))
+
+
+def _check_prompt(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is not UTF-8 text: a wrong byte after {prompt[: error.start]!r}") from None
 
 
 def _show(prompt: str, pieces: Pieces, stream: bool) -> tuple[str, int]:

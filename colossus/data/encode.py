@@ -12,7 +12,7 @@ from colossus.data.manifest import ShardRecord, SplitRecord
 from colossus.data.progress import Progress
 from colossus.data.readers import Document, Skips, list_files, read_file
 from colossus.data.shards import SHARD_DOCUMENTS, ShardWriter, token_dtype
-from colossus.data.storage import write_atomically
+from colossus.data.storage import return_free_memory, write_atomically
 from colossus.data.survey import SourceChangedError, Survey, document_hash
 from colossus.data.tokenizer import Ids, Tokenizer
 from colossus.spec.base import Frozen
@@ -20,6 +20,8 @@ from colossus.spec.data import Source
 
 BATCH_BYTES = 1 << 19
 """Text encoded at a time; the library takes some 200 bytes for each while it is on the way."""
+TRIM_BYTES = 8 << 20
+"""How often the memory that encoding leaves scattered over its threads is handed back: a few ms each time."""
 
 
 class Place(Frozen):
@@ -113,7 +115,12 @@ def encode_source(
     progress.advance(sum(part.train_bytes + part.heldout_bytes + part.duplicate_bytes for part in parts))
     end = parts[-1].end if parts else Place()
     part: OpenPart | None = None
+    since_trim = 0
     for batch in bounded(judged_documents(source, index, survey, first, end, work), BATCH_BYTES):
+        since_trim += sum(len(judged.document.data) for judged in batch)
+        if since_trim >= TRIM_BYTES:
+            return_free_memory()
+            since_trim = 0
         for judged, ids in zip(batch, encoded(batch, tokenizer), strict=True):
             part = part or OpenPart(len(parts), folder, tokenizer)
             add(part, judged, ids)

@@ -52,7 +52,7 @@ def hash_file(path: Path) -> str:
 
 
 def return_free_memory() -> None:
-    """Hands memory that was freed back to the system, where the C library can (glibc keeps hundreds of MB)."""
+    """Hands freed memory back to the system, where the C library can (glibc keeps hundreds of MB)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -30,6 +30,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(weight) if wants_gradient else None
         objective = hidden.new_zeros((), dtype=torch.float32)
         loss = objective.clone()
+        row_starts = torch.arange(chunk_tokens, device=hidden.device) * weight.shape[0]
         for start in range(0, hidden.shape[0], chunk_tokens):
             here = slice(start, start + chunk_tokens)
             chunk, target = hidden[here], targets[here, None]
@@ -54,7 +55,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             gradient = probabilities
             if z_loss:
                 gradient *= 1 + 2 * z_loss * log_partition
-            gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
+            # One flat index a row: much faster on a CPU than a scatter along the vocabulary.
+            gradient.view(-1)[row_starts[: len(target)] + target[:, 0]] -= 1
             if cap is not None:
                 gradient *= 1 - squashed.float().square_()
             gradient = gradient.to(dtype)

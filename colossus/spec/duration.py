@@ -71,7 +71,7 @@ class Duration(Frozen):
         amount, unit = self.amount, str(self.unit)
         if unit == "seconds" and amount % 60 == 0 and amount / 60 * 60 == amount:
             amount, unit = amount / 60, "minutes"
-        return f"{int(amount) if amount == int(amount) else amount} {unit}"
+        return f"{int(amount) if amount == int(amount) else amount} {unit.removesuffix('s') if amount == 1 else unit}"
 
     def describe(self) -> str:
         """For people: `"10M tokens"`."""

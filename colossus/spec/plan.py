@@ -1,6 +1,6 @@
 """The plan: how one training step is laid out on the machine. The trainer executes it and has no settings beside it."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,10 @@ class Layout(Frozen):
         return self.replica * self.pp * self.shard * self.cp * self.tp
 
 
+Float32Library = Literal["default", "onednn"]
+"""Who computes float32 matmuls on a CPU: torch's default (MKL or OpenBLAS), or oneDNN."""
+
+
 class Machine(Frozen):
     """The machine at hand as the planner sees it; rates are measured, not looked up."""
 
@@ -36,6 +40,8 @@ class Machine(Frozen):
     """What the process holds before it builds a model: interpreter, torch, tokenizer."""
     matmul_flops: dict[Dtype, float]
     """FLOP/s of a large square matmul in each dtype, with `num_threads` threads."""
+    float32_library: Float32Library = "default"
+    """The faster one that keeps float32's precision."""
     compiled_before: bool
     """Whether torch.compile's cache holds kernels for this model and batch, so that compiling costs seconds only."""
 

@@ -12,10 +12,9 @@ import torch
 
 from colossus.spec.base import fingerprint
 from colossus.spec.model import Dtype
-from colossus.spec.plan import Machine
+from colossus.spec.plan import Float32Library, Machine
 from colossus.spec.run import RunConfig
-
-DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from colossus.trainer.precision import float32_libraries, use_float32_library
 
 
 def usable_cores() -> int:
@@ -47,7 +46,11 @@ def device_kind() -> str:
 def measure_machine(config: RunConfig) -> Machine:
     """What the planner needs to know; takes about half a second."""
     kind = device_kind()
-    rates: dict[Dtype, float] = {name: matmul_flops(dtype, kind) for name, dtype in DTYPES.items()}
+    library, float32_flops = fastest_float32(kind)
+    rates: dict[Dtype, float] = {
+        "float32": float32_flops,
+        "bfloat16": matmul_flops(torch.bfloat16, kind),
+    }
     return Machine(
         chip=torch.cuda.get_device_name() if kind == "cuda" else cpu_name(),
         kind=kind,
@@ -55,8 +58,21 @@ def measure_machine(config: RunConfig) -> Machine:
         memory_bytes=_memory_bytes(kind),
         baseline_bytes=psutil.Process().memory_info().rss,
         matmul_flops=rates,
+        float32_library=library,
         compiled_before=compile_marker(config).exists(),
     )
+
+
+def fastest_float32(kind: str) -> tuple[Float32Library, float]:
+    """The library that is fastest at float32 matmuls, and its FLOP/s."""
+    rates: dict[Float32Library, float] = {}
+    for library in float32_libraries() if kind == "cpu" else ("default",):
+        use_float32_library(library)
+        rates[library] = matmul_flops(torch.float32, kind)
+    use_float32_library("default")
+    # oneDNN must be clearly faster: two measurements of one library differ by a few percent.
+    best: Float32Library = "onednn" if rates.get("onednn", 0) > 1.05 * rates["default"] else "default"
+    return best, rates[best]
 
 
 def matmul_flops(dtype: torch.dtype, kind: str, seconds: float = 0.1) -> float:

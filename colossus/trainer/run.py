@@ -43,6 +43,7 @@ from colossus.spec.run import RunConfig
 from colossus.trainer.evaluate import evaluate
 from colossus.trainer.loop import train
 from colossus.trainer.machine import compile_marker, measure_machine, prepare_process
+from colossus.trainer.precision import use_float32_library
 from colossus.trainer.state import TrainState
 
 SAMPLE_TOKENS = 200
@@ -153,6 +154,8 @@ class _Session:
     def train(
         self, run: RunDirectory, config: RunConfig, corpus: Corpus, reader: BatchReader, state: TrainState
     ) -> Summary:
+        assert config.plan is not None
+        use_float32_library(config.plan.machine.float32_library)
         with EventLog(run.events_path) as self.log, _Interrupts() as interrupts:
             for event in self.pending:
                 self.emit(event)

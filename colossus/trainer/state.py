@@ -11,7 +11,7 @@ from colossus.models import Decoder, build
 from colossus.optim import Optimizers, build_optimizers
 from colossus.spec.duration import Progress
 from colossus.spec.run import RunConfig
-from colossus.trainer.machine import DTYPES
+from colossus.trainer.precision import DTYPES
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor
 from colossus.data import IGNORED, Batch
 from colossus.models import Decoder, chunked_cross_entropy
 from colossus.spec.plan import Plan
-from colossus.trainer.machine import DTYPES
+from colossus.trainer.precision import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
