@@ -85,7 +85,7 @@ def test_flops_on_a_real_device(spec: ModelSpec) -> None:
 
 @every_tiny_model
 def test_a_training_step_costs_three_forward_passes(spec: ModelSpec) -> None:
-    """Every matmul, those of attention included, has two in the backward pass; the loss computes nothing twice."""
+    """Every matmul, also those of attention, has two in the backward pass; the loss computes none twice."""
     model = build(spec, seed=0)
     tokens = random_tokens(spec, 3, 11)
     with FlopCounterMode(display=False) as counter:

@@ -88,7 +88,7 @@ def test_the_prompt_and_what_follows(
 
 
 def test_json_is_one_object(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    arguments = ("--json", "--prompt", "a", "--temperature", "2", "--num-samples", "3", "--seed", "1", "--max-tokens", "9")
+    arguments = ("--json", "--prompt=a", "--temperature=2", "--num-samples=3", "--seed=1", "--max-tokens=9")
     outputs = []
     for _ in range(2):
         assert command(monkeypatch, run, *arguments) == 0

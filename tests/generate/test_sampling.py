@@ -17,8 +17,8 @@ TIED = torch.tensor([1.0, 1.0, 1.0, 1.0])
 
 def on_paper(logits: torch.Tensor, sampling: Sampling) -> dict[int, float]:
     """Probability by id, of those that may be drawn."""
-    likeliest_first = sorted(range(len(logits)), key=lambda i: -float(logits[i]))
-    weights = {i: math.exp(float(logits[i]) / sampling.temperature) for i in likeliest_first[: sampling.top_k]}
+    likeliest = sorted(range(len(logits)), key=lambda i: -float(logits[i]))[: sampling.top_k]
+    weights = {i: math.exp(float(logits[i]) / sampling.temperature) for i in likeliest}
     total = sum(weights.values())
     kept, reached = {}, 0.0
     for i, weight in weights.items():

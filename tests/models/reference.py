@@ -1,4 +1,4 @@
-"""A decoder as one would write it on paper: float64, one position after another, no batching and no tricks."""
+"""A decoder as one would write it on paper: float64, one position after another, no batches, no tricks."""
 
 import math
 from collections.abc import Sequence

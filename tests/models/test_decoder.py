@@ -33,7 +33,7 @@ def gradients(model: Decoder, hidden: Tensor) -> dict[str, Tensor]:
 def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+        torch.testing.assert_close(actual[name], expected[name], msg=lambda m, n=name: n + m, **tolerance)
 
 
 @every_variety
@@ -159,7 +159,8 @@ def test_ngrams_spread_over_the_table_as_if_by_chance() -> None:
     pairs = torch.cartesian_prod(torch.arange(128), torch.arange(128))
     rows = ngram_rows(pairs, torch.zeros_like(pairs), spec)[0, :, 1]
     used = rows.unique().numel() / spec.num_rows
-    assert used == pytest.approx(1 - 1 / torch.e, abs=0.02)  # as many rows as pairs: a share of 1/e stays free
+    # As many rows as pairs: a share of 1/e stays free.
+    assert used == pytest.approx(1 - 1 / torch.e, abs=0.02)
 
 
 def test_only_rows_that_occur_have_a_gradient() -> None:

@@ -61,7 +61,7 @@ def test_it_nears_the_orthogonal_factor(shape: tuple[int, int], dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_singular_value_ever_runs_away(dtype: torch.dtype) -> None:
-    """One direction that dominates by any amount: where rounding could leave the range of the next polynomial."""
+    """One direction dominates by any amount: where rounding could leave the range of the next polynomial."""
     shares = torch.linspace(0.02, 0.999, 150)
     rest = torch.rand(15, generator=torch.Generator().manual_seed(2))
     rest /= rest.norm()
@@ -124,32 +124,16 @@ def start() -> list[Tensor]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("momentum", [0.0, 0.95])
 def test_torchs_muon_takes_the_same_steps(momentum: float, weight_decay: float) -> None:
-    """One iteration, with the factor that keeps our norm below 1 put into torch's coefficients: equal up to the
-    bfloat16 in which torch's runs."""
+    """In one iteration, with the factor that keeps our norm below 1 put into torch's coefficients; up to
+    the bfloat16 in which torch's runs."""
     a, b, c = QUINTIC
     ours, theirs = start(), start()
-    lr = 0.05
-    run(
-        Muon(
-            ours, lr=lr, momentum=momentum, weight_decay=weight_decay, coefficients=(QUINTIC,), dtype=torch.bfloat16
-        ),
-        ours,
-        4,
-    )  # fmt: skip
-    run(
-        torch.optim.Muon(
-            theirs,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            ns_coefficients=(a / 1.01, b / 1.01**3, c / 1.01**5),
-            ns_steps=1,
-        ),
-        theirs,
-        4,
-    )
+    settings = {"lr": 0.05, "momentum": momentum, "weight_decay": weight_decay}
+    run(Muon(ours, coefficients=(QUINTIC,), dtype=torch.bfloat16, **settings), ours, 4)
+    scaled = (a / 1.01, b / 1.01**3, c / 1.01**5)
+    run(torch.optim.Muon(theirs, ns_coefficients=scaled, ns_steps=1, **settings), theirs, 4)
     for one, other, first in zip(ours, theirs, start(), strict=True):
-        assert (one - other).abs().max() < 4 * lr * 0.02
+        assert (one - other).abs().max() < 4 * 0.05 * 0.02
         assert (one - other).norm() < 0.02 * (one - first).norm()
 
 

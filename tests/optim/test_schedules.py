@@ -1,6 +1,7 @@
 """Learning rates over a run, against numbers worked out by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -64,4 +65,4 @@ def test_it_rises_once_and_then_never_again(schedule: Schedule, num_steps: int) 
     values = over_run(schedule, num_steps)
     assert all(0 <= value <= 1 for value in values)
     after = values[schedule.warmup_steps :]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(after))

@@ -84,7 +84,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @contextmanager
 def poisoned(state: TrainState, reader: Reader, where: str, value: float, at: set[int]) -> Iterator[None]:
-    """At the steps `at`: the loss (`where` is "loss") or the gradient of the parameter `where` takes `value`."""
+    """At the steps `at` the loss (`where` is "loss"), or the gradient of that parameter, is times `value`."""
 
     def poison(tensor: Tensor) -> Tensor:
         return tensor * value if reader.step in at else tensor

@@ -161,14 +161,14 @@ def test_a_bad_step_is_not_applied_and_names_its_batch(where: str, value: float)
 def test_too_many_bad_steps_in_a_row_end_the_run(where: str, value: float) -> None:
     config = small_run(max_skipped_steps=3)
     state, reader = TrainState.new(config), Reader()
-    before, reports = None, []
-    with (
-        poisoned(state, reader, where, value, at=set(range(1, 8))),
-        pytest.raises(TrainingDiverged, match="3 steps in a row, up to step 3"),
-    ):
-        for report in steps(config, state, reader):
-            reports.append(report)
-            before = before or bits(state)
+    reports = []
+    with poisoned(state, reader, where, value, at=set(range(1, 8))):
+        running = steps(config, state, reader)
+        reports.append(next(running))
+        before = bits(state)
+        reports += [next(running) for _ in range(3)]
+        with pytest.raises(TrainingDiverged, match="3 steps in a row, up to step 3"):
+            next(running)
     assert [type(report) for report in reports] == [StepDone, *[StepSkipped] * 3]
     assert [report.in_a_row for report in reports[1:]] == [1, 2, 3]
     assert same_bits(bits(state), before)

@@ -11,7 +11,7 @@ from colossus.data import IGNORED
 from colossus.data import Batch as Arrays
 from colossus.models import Decoder
 from colossus.spec.model import ModelSpec
-from colossus.trainer.step import accumulate_gradients, loss_sums
+from colossus.trainer.step import accumulate_gradients, loss_sums, split
 from tests.helpers import VARIETIES, scrambled
 from tests.trainer.runs import MODEL, SEQUENCES, random_batch, small_run
 
@@ -67,11 +67,7 @@ def test_sums_of_parts_are_the_sum_of_the_whole() -> None:
     model, batch, plan = scrambled(MODEL), random_batch(2, ignored=True), small_run(SEQUENCES).plan
     with torch.no_grad():
         whole = loss_sums(model, batch, plan)[1]
-        rows = [
-            Arrays(*(getattr(batch, name)[i : i + 1] for name in ("tokens", "targets", "documents", "samples")))
-            for i in range(SEQUENCES)
-        ]  # fmt: skip
-        parts = [loss_sums(model, row, plan)[1] for row in rows]
+        parts = [loss_sums(model, row, plan)[1] for row in split(batch, 1)]
     assert sum(part.num_tokens for part in parts) == whole.num_tokens
     assert sum(part.loss.item() for part in parts) == pytest.approx(whole.loss.item(), rel=1e-6)
     assert parts[2].num_tokens == 0

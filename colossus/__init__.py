@@ -1,0 +1,66 @@
+"""Colossus: one training system for language models, from a laptop to a fleet.
+
+The names below are the public interface. Those that need torch are imported when they are first used, so that
+planning and watching work where torch is not installed.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from colossus.generate import Sampling, generate, load_run
+    from colossus.observe.run_directory import RunDirectory
+    from colossus.observe.summary import Summary
+    from colossus.spec.config import from_toml, run_config, to_toml
+    from colossus.spec.duration import Duration
+    from colossus.spec.model import ModelSpec
+    from colossus.spec.plan import Plan
+    from colossus.spec.run import RunConfig
+    from colossus.trainer.run import resume
+    from colossus.trainer.run import start as train
+
+_HOMES = {
+    "Duration": ("colossus.spec.duration", "Duration"),
+    "ModelSpec": ("colossus.spec.model", "ModelSpec"),
+    "Plan": ("colossus.spec.plan", "Plan"),
+    "RunConfig": ("colossus.spec.run", "RunConfig"),
+    "RunDirectory": ("colossus.observe.run_directory", "RunDirectory"),
+    "Sampling": ("colossus.generate", "Sampling"),
+    "Summary": ("colossus.observe.summary", "Summary"),
+    "from_toml": ("colossus.spec.config", "from_toml"),
+    "generate": ("colossus.generate", "generate"),
+    "load_run": ("colossus.generate", "load_run"),
+    "resume": ("colossus.trainer.run", "resume"),
+    "run_config": ("colossus.spec.config", "run_config"),
+    "to_toml": ("colossus.spec.config", "to_toml"),
+    "train": ("colossus.trainer.run", "start"),
+}
+
+__all__ = [
+    "Duration",
+    "ModelSpec",
+    "Plan",
+    "RunConfig",
+    "RunDirectory",
+    "Sampling",
+    "Summary",
+    "from_toml",
+    "generate",
+    "load_run",
+    "resume",
+    "run_config",
+    "to_toml",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"colossus has no public name {name!r}")
+    import importlib
+
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__
