@@ -7,7 +7,7 @@ planning and watching work where torch is not installed.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colossus.generate import Sampling, generate, load_run
+    from colossus.generate import Sampling, load_run
     from colossus.observe.run_directory import RunDirectory
     from colossus.observe.summary import Summary
     from colossus.spec.config import from_toml, run_config, to_toml
@@ -27,7 +27,6 @@ _HOMES = {
     "Sampling": ("colossus.generate", "Sampling"),
     "Summary": ("colossus.observe.summary", "Summary"),
     "from_toml": ("colossus.spec.config", "from_toml"),
-    "generate": ("colossus.generate", "generate"),
     "load_run": ("colossus.generate", "load_run"),
     "resume": ("colossus.trainer.run", "resume"),
     "run_config": ("colossus.spec.config", "run_config"),
@@ -44,7 +43,6 @@ __all__ = [
     "Sampling",
     "Summary",
     "from_toml",
-    "generate",
     "load_run",
     "resume",
     "run_config",

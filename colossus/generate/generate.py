@@ -15,8 +15,8 @@ def generate(
 ) -> Generator[str, None, int]:
     """What the model writes after `prompt`, in pieces as they come; the prompt itself is not repeated.
 
-    Ends at `sampling.max_tokens`, before the first stop text, or where the model ends the document. Returns how many
-    tokens the model was asked for, a closing one among them.
+    Ends at `sampling.max_tokens`, before the first stop text, or where the model ends the document. Returns
+    how many tokens the model was asked for, a closing one among them.
     """
     prompt_ids = [tokenizer.end_of_document, *map(int, tokenizer.encode(prompt))]
     num_tokens = 0
@@ -35,10 +35,12 @@ def generate(
 def generate_tokens(
     model: Decoder, prompt: Sequence[int], sampling: Sampling, *, cached: bool = True
 ) -> Iterator[int]:
-    """Ids without end, after a prompt of at least one id; the model was trained on documents that open with END.
+    """Ids without end, after a prompt of at least one id; the model was trained on documents that open with
+    END.
 
-    The model sees the last tokens as they fit its context: when it is full, the older half is forgotten, so the cost
-    of a token stays bounded. Without `cached` every token is computed from scratch: slower, and the same.
+    The model sees the last tokens as they fit its context: when it is full, the older half is forgotten, so
+    the cost of a token stays bounded. Without `cached` every token is computed from scratch: slower, and the
+    same.
     """
     context = model.spec.context_tokens
     device = model.embedding.weight.device

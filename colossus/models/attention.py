@@ -12,14 +12,15 @@ from colossus.spec.model import AttentionSpec, NormSpec
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 512
 """Up to this length a CPU computes attention faster by three plain operations than by the fused kernel, whose
-blocking costs more than it saves while the scores still fit the cache (measured in benchmarks/throughput.md)."""
+blocking costs more than it saves while the scores still fit the cache (measured in
+benchmarks/throughput.md)."""
 
 
 def attention_mask(query_documents: Tensor, key_documents: Tensor, first_position: int) -> Tensor:
     """Which key each query sees: those of its own document, up to its own position.
 
-    query_documents: (batch, queries), key_documents: (batch, keys), both the index of the document that a token
-    belongs to; query i stands at position first_position + i. Returns bool (batch, 1, queries, keys).
+    query_documents: (batch, queries), key_documents: (batch, keys), both the index of the document that a
+    token belongs to; query i stands at position first_position + i. Returns bool (batch, 1, queries, keys).
     """
     positions = torch.arange(key_documents.shape[1], device=key_documents.device)
     causal = positions <= positions[first_position : first_position + query_documents.shape[1], None]
@@ -64,7 +65,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of the tokens that one layer has seen: (batch, kv_heads, context_tokens, head_dim) each."""
+    """Keys and values of the tokens that one layer has seen: (batch, kv_heads, context_tokens, head_dim)
+    each."""
 
     def __init__(self, batch: int, spec: AttentionSpec, context_tokens: int, like: Tensor) -> None:
         shape = (batch, spec.num_kv_heads, context_tokens, spec.head_dim)

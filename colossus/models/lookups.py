@@ -1,7 +1,7 @@
 """Which rows of the lookup tables each position takes: functions of the tokens so far, nothing learned.
 
-Both functions look only at tokens of the same document, up to the position itself. They are integer arithmetic,
-so every machine finds the same rows.
+Both functions look only at tokens of the same document, up to the position itself. They are integer
+arithmetic, so every machine finds the same rows.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from colossus.spec.model import NgramSpec, RecallSpec
 
-# Odd 64-bit constants (as signed), one per distance into the past; any set of odd numbers that differ would do.
+# Odd 64-bit constants (as signed), one per distance into the past; any set of odd numbers that differ would
+# do.
 _MULTIPLIERS = (
     -7046029254386353131,
     2685821657736338717,
@@ -40,7 +41,8 @@ def _codes(tokens: Tensor, documents: Tensor, longest: int) -> Iterator[tuple[in
 
 
 def ngram_rows(tokens: Tensor, documents: Tensor, spec: NgramSpec) -> Tensor:
-    """Rows of the table for the n-gram that ends at each position, for each order n: int64 (orders, batch, tokens).
+    """Rows of the table for the n-gram that ends at each position, for each order n: int64 (orders, batch,
+    tokens).
 
     tokens, documents: (batch, tokens).
     """
@@ -55,8 +57,9 @@ def ngram_rows(tokens: Tensor, documents: Tensor, spec: NgramSpec) -> Tensor:
 def recall_rows(tokens: Tensor, documents: Tensor, spec: RecallSpec, vocab_size: int) -> Tensor:
     """Rows of the table for what came next the last time: int64 (batch, tokens).
 
-    For each position: the longest n of `spec.orders` whose n-gram, ending here, has occurred before in the document;
-    the token that followed its last occurrence; and the row of that pair. Row 0 is for those that never occurred.
+    For each position: the longest n of `spec.orders` whose n-gram, ending here, has occurred before in the
+    document; the token that followed its last occurrence; and the row of that pair. Row 0 is for those that
+    never occurred.
     """
     batch, length = tokens.shape
     following = tokens.flatten()
@@ -69,7 +72,9 @@ def recall_rows(tokens: Tensor, documents: Tensor, spec: RecallSpec, vocab_size:
         # Sorted, equal n-grams stand side by side, in the order in which they occur.
         ordered, position = (codes * _MULTIPLIERS[1] + owner).flatten().sort(stable=True)
         again, now, before = ordered[1:] == ordered[:-1], position[1:], position[:-1]
-        next_after = following[(before + 1).clamp(max=len(following) - 1)]  # the last position has none, nor needs it
+        next_after = following[
+            (before + 1).clamp(max=len(following) - 1)
+        ]  # the last position has none, nor needs it
         found = 1 + spec.orders.index(n) * vocab_size + next_after
         rows[now] = torch.where(again, found, rows[now])
     return rows.view(batch, length)

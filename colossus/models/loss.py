@@ -9,8 +9,8 @@ from torch import Tensor
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Goes through the tokens in chunks; makes each chunk's logits, its loss and at once its gradients.
 
-    The backward pass then only scales them. For n tokens and a vocabulary of v this holds chunk·v logits in place of
-    n·v, and computes none twice.
+    The backward pass then only scales them. For n tokens and a vocabulary of v this holds chunk·v logits in
+    place of n·v, and computes none twice.
     """
 
     @staticmethod
@@ -39,7 +39,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 squashed = torch.tanh(logits / cap)
                 logits = squashed * cap
             probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-            # The largest probability is at least 1/vocabulary, so this cannot underflow as the target's own can.
+            # The largest probability is at least 1/vocabulary, so this cannot underflow as the target's own
+            # can.
             top_logit, top = logits.max(-1, keepdim=True)
             log_top = probabilities.gather(1, top).log()
             # Logits first: their difference is small where they themselves are large.
@@ -83,9 +84,10 @@ def chunked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of the cross-entropy of `soft_cap(hidden · head_weightᵀ)`, in nats.
 
-    hidden: (tokens, hidden_size) in the dtype that the matmuls run in; head_weight: (vocab_size, hidden_size);
-    targets: int64 (tokens,). Returns (objective, loss), float32 scalars: the objective to differentiate is the loss
-    plus `z_loss` · log-partition² (arXiv:2204.02311), the loss is for reporting and carries no gradient.
+    hidden: (tokens, hidden_size) in the dtype that the matmuls run in; head_weight: (vocab_size,
+    hidden_size); targets: int64 (tokens,). Returns (objective, loss), float32 scalars: the objective to
+    differentiate is the loss plus `z_loss` · log-partition² (arXiv:2204.02311), the loss is for reporting and
+    carries no gradient.
     """
     # Inside the function torch says that gradients are wanted even where they are switched off.
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)

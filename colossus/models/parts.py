@@ -1,7 +1,7 @@
 """The small parts of a decoder: norm, rotary positions, linear maps, the feed-forward network.
 
-Weights are float32 and are cast to their input's dtype where they are used, so the same module runs in float32 and
-in bfloat16, and gradients arrive in float32.
+Weights are float32 and are cast to their input's dtype where they are used, so the same module runs in
+float32 and in bfloat16, and gradients arrive in float32.
 """
 
 from typing import Any
@@ -25,7 +25,8 @@ class Linear(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """Root-mean-square normalisation over the last dim (arXiv:1910.07467), with or without a weight per channel."""
+    """Root-mean-square normalisation over the last dim (arXiv:1910.07467), with or without a weight per
+    channel."""
 
     def __init__(self, size: int, spec: NormSpec) -> None:
         super().__init__()
@@ -38,7 +39,8 @@ class RmsNorm(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary positions (arXiv:2104.09864): turns channel pairs (i, i + head_dim/2) by position · base^(-2i/head_dim)."""
+    """Rotary positions (arXiv:2104.09864): turns channel pairs (i, i + head_dim/2) by position ·
+    base^(-2i/head_dim)."""
 
     cosines: Tensor
     sines: Tensor
@@ -66,7 +68,8 @@ class Rope(nn.Module):
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """relu(x)² (arXiv:2109.08668). By hand it keeps one tensor for the backward pass where autograd would keep two."""
+    """relu(x)² (arXiv:2109.08668). By hand it keeps one tensor for the backward pass where autograd would
+    keep two."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,6 +1,12 @@
 """What turns gradients into updates: AdamW (torch's), Muon, row-wise Adagrad, and learning-rate schedules."""
 
-from colossus.optim.build import Optimizers, build_optimizers, gradient_norm, scale_gradients, set_learning_rates
+from colossus.optim.build import (
+    Optimizers,
+    build_optimizers,
+    gradient_norm,
+    scale_gradients,
+    set_learning_rates,
+)
 from colossus.optim.muon import Muon
 from colossus.optim.row_adagrad import RowAdagrad
 from colossus.optim.schedules import multiplier

@@ -26,8 +26,9 @@ _LIMIT: Coefficients = (1.875, -1.25, 0.375)
 """What they tend to: Newton-Schulz of fifth order."""
 
 _SAFETY = 1.01
-"""Singular values are taken for so much smaller than they are: each polynomial rises steeply just outside the range
-that it is made for, and rounding to bfloat16 gets there, so that without this a value in ten thousands is possible."""
+"""Singular values are taken for so much smaller than they are: each polynomial rises steeply just outside the
+range that it is made for, and rounding to bfloat16 gets there, so that without this a value in ten thousands
+is possible."""
 
 
 def polynomials(num_steps: int) -> tuple[Coefficients, ...]:
@@ -42,8 +43,8 @@ POLAR_EXPRESS = polynomials(5)
 def orthogonalise(matrices: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:
     """The orthogonal factor of each matrix, about: all singular values move to near 1.
 
-    matrices: (count, rows, columns), any rows and columns; the iteration multiplies on the smaller side. Runs in
-    `dtype` and returns it.
+    matrices: (count, rows, columns), any rows and columns; the iteration multiplies on the smaller side. Runs
+    in `dtype` and returns it.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).to(dtype)
@@ -57,9 +58,9 @@ def orthogonalise(matrices: Tensor, coefficients: Sequence[Coefficients], dtype:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for 2-dim parameters.
 
-    The update of a (rows, columns) matrix is scaled by √max(1, rows/columns), so that its effect on outputs does not
-    depend on its shape. Matrices of one shape are orthogonalised together in one batched matmul: on small models the
-    calls, and not the arithmetic, are what costs.
+    The update of a (rows, columns) matrix is scaled by √max(1, rows/columns), so that its effect on outputs
+    does not depend on its shape. Matrices of one shape are orthogonalised together in one batched matmul: on
+    small models the calls, and not the arithmetic, are what costs.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() != 2:
-                    raise ValueError(f"Muon is for matrices; got a parameter of shape {tuple(parameter.shape)}")
+                    raise ValueError(
+                        f"Muon is for matrices; got a parameter of shape {tuple(parameter.shape)}"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -88,7 +91,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                updates = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                updates = torch.stack(
+                    [self._momentum(parameter, group["momentum"]) for parameter in parameters]
+                )
                 directions = orthogonalise(updates, self.coefficients, self.dtype)
                 step_size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, direction in zip(parameters, directions, strict=True):

@@ -10,8 +10,8 @@ from torch import Tensor
 class RowAdagrad(torch.optim.Optimizer):
     """`row -= lr · gradient / √(sum over steps of the mean square of the row's gradient)`.
 
-    Takes sparse gradients and touches only their rows, so a step costs what the batch names and not what the table
-    holds; the state is one number per row. Dense gradients are taken as well.
+    Takes sparse gradients and touches only their rows, so a step costs what the batch names and not what the
+    table holds; the state is one number per row. Dense gradients are taken as well.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, epsilon: float = 1e-10) -> None:

@@ -6,10 +6,11 @@ from colossus.spec.run import Cosine, WarmupStableDecay
 
 
 def multiplier(schedule: WarmupStableDecay | Cosine, *, step: int, done: float) -> float:
-    """What the peak learning rate is multiplied with at `step` (from 0), when `done` of the budget is used (0 to 1).
+    """What the peak learning rate is multiplied with at `step` (from 0), when `done` of the budget is used (0
+    to 1).
 
-    Driven by the used part of the budget, so that it ends with the budget whatever that is counted in. The last step
-    of a run of n steps starts at done = (n-1)/n, so its multiplier is just above the final one.
+    Driven by the used part of the budget, so that it ends with the budget whatever that is counted in. The
+    last step of a run of n steps starts at done = (n-1)/n, so its multiplier is just above the final one.
     """
     done = min(max(done, 0.0), 1.0)
     warmup = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0

@@ -1,4 +1,5 @@
-"""How long: one value in place of a step count, a token count, a time limit and rules for which of them wins."""
+"""How long: one value in place of a step count, a token count, a time limit and rules for which of them
+wins."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self

@@ -58,8 +58,8 @@ class Muon(Frozen):
 
 
 class WarmupStableDecay(Frozen):
-    """Rise, stay, fall: the learning rate's multiplier is 1 until the last `decay_fraction` of the run, then falls in
-    a straight line to `final_scale`."""
+    """Rise, stay, fall: the learning rate's multiplier is 1 until the last `decay_fraction` of the run, then
+    falls in a straight line to `final_scale`."""
 
     kind: Literal["wsd"] = "wsd"
     warmup_steps: Annotated[int, Field(ge=0)] = 10
@@ -89,12 +89,13 @@ class Evaluation(Frozen):
 
     every: Duration = Duration(amount=30, unit="seconds")
     max_tokens: Positive | None = 16_384
-    """Held-out tokens looked at in the course of the run; None: all. The closing figure is always over all."""
+    """Held-out tokens looked at in the course of the run; None: all. The closing figure is always over
+    all."""
 
 
 class RunConfig(Frozen):
-    """Everything that decides a run. Two runs with equal configs on one machine are equal bit for bit, save that a
-    budget of time ends where the clock says."""
+    """Everything that decides a run. Two runs with equal configs on one machine are equal bit for bit, save
+    that a budget of time ends where the clock says."""
 
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -107,13 +108,15 @@ class RunConfig(Frozen):
     gradient_clip: PositiveFloat | None = 1.0
     """Largest norm of the whole gradient; None: no clipping."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared log-partition added to the loss (arXiv:2204.02311); keeps logits from drifting."""
+    """Weight of the squared log-partition added to the loss (arXiv:2204.02311); keeps logits from
+    drifting."""
     max_skipped_steps: Positive = 5
     """Steps in a row whose loss or gradient may be non-finite before the run stops."""
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     plan: Plan | None = None
-    """How it runs on the machine; None in what people write: the planner fills it in for the machine at hand."""
+    """How it runs on the machine; None in what people write: the planner fills it in for the machine at
+    hand."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

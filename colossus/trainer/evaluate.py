@@ -24,8 +24,8 @@ class HeldOut:
 def evaluate(model: Decoder, corpus: Corpus, plan: Plan, *, max_tokens: int | None = None) -> HeldOut:
     """Loss over held-out documents, or over a fixed spread of them that has about `max_tokens` tokens.
 
-    Windows of the training length that do not overlap: the first tokens of a window have little context, as in
-    training. Raises DataError when nothing is held out.
+    Windows of the training length that do not overlap: the first tokens of a window have little context, as
+    in training. Raises DataError when nothing is held out.
     """
     windows = heldout_windows(corpus, plan.sequence_tokens, max_tokens)
     sequences = max(1, min(plan.micro_batch_sequences, 8))

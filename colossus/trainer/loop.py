@@ -3,7 +3,8 @@
     for report in train(config, state, reader):
         ...      # logging, evaluation, checkpoints and tests are ordinary consumers
 
-The loop decides nothing about layout, precision or batch split: the plan has. It knows no clock but the budget's.
+The loop decides nothing about layout, precision or batch split: the plan has. It knows no clock but the
+budget's.
 """
 
 import math
@@ -14,9 +15,9 @@ import psutil
 import torch
 
 from colossus.data import BatchReader
+from colossus.errors import TrainingDiverged
 from colossus.events import StepDone, StepSkipped
 from colossus.optim import gradient_norm, multiplier, scale_gradients, set_learning_rates
-from colossus.errors import TrainingDiverged
 from colossus.spec.duration import Progress
 from colossus.spec.run import RunConfig
 from colossus.trainer.state import TrainState
@@ -24,9 +25,11 @@ from colossus.trainer.step import accumulate_gradients
 
 
 def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator[StepDone | StepSkipped]:
-    """Steps from where `state` is to the end of the budget, a report after each; `state` is whole between them.
+    """Steps from where `state` is to the end of the budget, a report after each; `state` is whole between
+    them.
 
-    Raises TrainingDiverged after `config.max_skipped_steps` steps in a row whose loss or gradient is not finite.
+    Raises TrainingDiverged after `config.max_skipped_steps` steps in a row whose loss or gradient is not
+    finite.
     """
     plan, model = config.plan, state.model
     assert plan is not None
@@ -90,13 +93,15 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
 
 
 def _done(config: RunConfig, progress: Progress) -> float:
-    """The used part of the budget. Exact in steps where those fix the end, so that all machines decay alike."""
+    """The used part of the budget. Exact in steps where those fix the end, so that all machines decay
+    alike."""
     total = config.total_steps()
     return config.budget.done(progress) if total is None else progress.steps / total
 
 
 class _Clock:
-    """Wall time runs on between steps; CPU time counts in the steps alone, so that evaluating costs no budget of it."""
+    """Wall time runs on between steps; CPU time counts in the steps alone, so that evaluating costs no budget
+    of it."""
 
     def __init__(self, start: Progress) -> None:
         self._wall_s = start.seconds - time.perf_counter()

@@ -13,7 +13,8 @@ from colossus.trainer.precision import DTYPES
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Over some tokens: their summed loss in nats, and how many there are. Sums add up exactly; means do not."""
+    """Over some tokens: their summed loss in nats, and how many there are. Sums add up exactly; means do
+    not."""
 
     loss: Tensor
     num_tokens: int
@@ -53,8 +54,8 @@ def loss_sums(model: Decoder, batch: Batch, plan: Plan, *, z_loss: float = 0.0) 
 def accumulate_gradients(model: Decoder, batch: Batch, plan: Plan, *, z_loss: float = 0.0) -> Sums:
     """Adds to every parameter's gradient that of the batch's mean token loss.
 
-    Each micro-batch contributes the sum of its token losses divided by the whole batch's token count, so micro-batches
-    of unequal size give exactly the gradient that the batch in one piece would.
+    Each micro-batch contributes the sum of its token losses divided by the whole batch's token count, so
+    micro-batches of unequal size give exactly the gradient that the batch in one piece would.
     """
     num_tokens = int((batch.targets != IGNORED).sum())
     total = torch.zeros((), device=plan.machine.kind)
