@@ -58,6 +58,7 @@ TABLE_FIELDS = (
     "params",
 )
 TRIED_SHAPES = ["2x128", "3x128", "1x256", "4x192", "4x256", "8x256"]  # layers x width
+FINALIST_MARGIN = 0.1  # bits per byte within which the second shape gets a full-budget run as well
 CLEARLY_WORSE = 0.15  # bits per byte, between shapes in ranking runs
 DEFAULT_VOCAB = 4096  # tokens
 # One common model for the throughput part: 8 layers x 320 wide, 5 heads of 64, untied head, batch 8 x 256.
@@ -468,8 +469,10 @@ class Tuner:
         if not self.like:
             best = self.improve(best, [{"batch": 2}, {"batch": 8, "context": 128}])
             best = self.improve(best, [{"vocab": 2048}, {"vocab": 8192}])
-        # At the full budget and in the fastest mode: both shapes, then the learning rate of the better one.
-        winner = min((best | candidate | mode for candidate in ranked[:2]), key=self.settled)
+        # At the full budget, in the fastest mode: the best shapes, then the learning rate of the better one.
+        lowest = self.score(start | ranked[0])
+        close = [c for c in ranked[:2] if self.score(start | c) <= lowest + FINALIST_MARGIN]
+        winner = min((best | candidate | mode for candidate in close), key=self.settled)
         for change in () if self.like else ({"lr": winner["lr"] * 1.6}, {"lr": winner["lr"] * 0.6}):
             if self.settled(winner | change) < self.settled(winner):
                 winner |= change

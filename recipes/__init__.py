@@ -4,9 +4,10 @@ description."""
 from collections.abc import Callable
 
 from colossus.spec.run import RunConfig
-from recipes.first_light import first_light
+from recipes.first_light import first_light, spark
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "first-light": first_light,
+    "spark": spark,
 }
 """Every recipe by the name that people type."""

@@ -84,7 +84,9 @@ def _check_prompt(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"the prompt is not UTF-8 text: a wrong byte after {prompt[: error.start]!r}") from None
+        raise ConfigError(
+            f"the prompt is not UTF-8 text: a wrong byte after {prompt[: error.start]!r}"
+        ) from None
 
 
 def _show(prompt: str, pieces: Pieces, stream: bool) -> tuple[str, int]:

@@ -34,8 +34,8 @@ FILE_NAMES: dict[TokenizerKind, str] = {"json": "tokenizer.json", "sentencepiece
 
 PIECES = "|".join(
     (
-        r"[\r\n]{1,32}[ \t]{0,64}",  # line ends with the indentation that follows: one learnable token in code
-        r"(?:[^\S\r\n]|[^\s\p{L}\p{M}\p{N}])?[\p{L}\p{M}]{1,32}",  # a word, and one sign or space before: `_name`
+        r"[\r\n]{1,32}[ \t]{0,64}",  # line ends with the indentation that follows: learnable as one
+        r"(?:[^\S\r\n]|[^\s\p{L}\p{M}\p{N}])?[\p{L}\p{M}]{1,32}",  # a word, one sign or space before: `_name`
         r"\p{N}{1,3}",  # digits in small groups, so that numbers do not fill the vocabulary
         r"[^\S\r\n]?[^\s\p{L}\p{M}\p{N}]{1,32}",  # a run of signs
         r"[^\S\r\n]{1,64}(?!\S)",  # a run of spaces, all but the one that belongs to the next word

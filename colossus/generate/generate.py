@@ -35,12 +35,10 @@ def generate(
 def generate_tokens(
     model: Decoder, prompt: Sequence[int], sampling: Sampling, *, cached: bool = True
 ) -> Iterator[int]:
-    """Ids without end, after a prompt of at least one id; the model was trained on documents that open with
-    END.
+    """Ids without end, after a prompt of at least one id: in training every document opened with END.
 
     The model sees the last tokens as they fit its context: when it is full, the older half is forgotten, so
-    the cost of a token stays bounded. Without `cached` every token is computed from scratch: slower, and the
-    same.
+    the cost of a token stays bounded. Without `cached` all is computed anew each time: slower, and the same.
     """
     context = model.spec.context_tokens
     device = model.embedding.weight.device

@@ -10,8 +10,7 @@ from colossus.observe.run_directory import RunDirectory
 
 
 def load_run(run: RunDirectory) -> tuple[Decoder, Tokenizer, tuple[Rejected, ...]]:
-    """The model with its newest good weights, its tokenizer, and the checkpoints that were passed over as
-    damaged.
+    """The model with its newest good weights, its tokenizer, and the checkpoints passed over as damaged.
 
     Raises RunError, CheckpointError or DataError where a part is missing or damaged, ConfigError where the
     tokenizer has more entries than the model.

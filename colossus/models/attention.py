@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from colossus.models.parts import Linear, Rope
@@ -12,8 +12,7 @@ from colossus.spec.model import AttentionSpec, NormSpec
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 512
 """Up to this length a CPU computes attention faster by three plain operations than by the fused kernel, whose
-blocking costs more than it saves while the scores still fit the cache (measured in
-benchmarks/throughput.md)."""
+blocking costs more than it saves while the scores still fit the cache (benchmarks/throughput.md)."""
 
 
 def attention_mask(query_documents: Tensor, key_documents: Tensor, first_position: int) -> Tensor:
@@ -65,8 +64,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 class LayerCache:
-    """Keys and values of the tokens that one layer has seen: (batch, kv_heads, context_tokens, head_dim)
-    each."""
+    """Keys and values of what one layer has seen: (batch, kv_heads, context_tokens, head_dim) each."""
 
     def __init__(self, batch: int, spec: AttentionSpec, context_tokens: int, like: Tensor) -> None:
         shape = (batch, spec.num_kv_heads, context_tokens, spec.head_dim)

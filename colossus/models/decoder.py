@@ -1,6 +1,6 @@
 """The decoder: the file to read first. Single-device code that knows nothing of parallelism.
 
-    tokens ─► embedding (+ n-grams, + recall) ─► layers × [norm ─► attention ─► +, norm ─► MLP ─► +] ─► norm ─► head
+    tokens ─► embedding + lookups ─► layers × [norm ─► attention ─► +, norm ─► MLP ─► +] ─► norm ─► head
 
 Which parts it is made of is decided once, when it is built from a `ModelSpec`.
 """
@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from colossus.models.attention import Attention, LayerCache, attention_mask
@@ -106,8 +106,7 @@ class Decoder(nn.Module):
         """The last hidden state of each token, ready for the head: (batch, tokens, hidden_size) in `dtype`.
 
         tokens: int64 (batch, tokens). documents: the index of the document that each token belongs to, for
-        rows packed from several; None: one document. With a `cache`, `tokens` continue what the cache has
-        seen.
+        rows packed from several; None: one document. With a `cache`, `tokens` continue what it has seen.
         """
         if documents is None:
             documents = torch.zeros_like(tokens)
@@ -128,8 +127,7 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 (batch, tokens, vocab_size) of `forward`'s hidden states; training never holds this
-        whole."""
+        """float32 (batch, tokens, vocab_size) of `forward`'s hidden states; training never holds it whole."""
         return soft_cap(F.linear(hidden, self.head_weight.to(hidden.dtype)).float(), self.spec.logit_soft_cap)
 
 
@@ -149,9 +147,7 @@ class Cache:
     def empty(cls, model: Decoder, batch: int, dtype: torch.dtype = torch.float32) -> "Cache":
         spec, weight = model.spec, model.embedding.weight
         like = torch.empty(0, dtype=dtype, device=weight.device)
-        layers = [
-            LayerCache(batch, spec.attention, spec.context_tokens, like) for _ in range(spec.num_layers)
-        ]
+        layers = [LayerCache(batch, spec.attention, spec.context_tokens, like) for _ in model.layers]
         nothing = torch.empty(batch, 0, dtype=torch.long, device=weight.device)
         return cls(layers, nothing, nothing)
 
@@ -177,8 +173,7 @@ def build(spec: ModelSpec, *, seed: int, device: str = "cpu") -> Decoder:
 
 @torch.no_grad()
 def initialise(model: Decoder, seed: int) -> None:
-    """Initial weights, each a function of (seed, parameter name) alone: no layout or order of building
-    changes them."""
+    """Initial weights, functions of (seed, parameter name) alone: no layout or order of building matters."""
     parameters = dict(model.named_parameters())
     for spec in model.spec.parameters():
         parameter = parameters[spec.name]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from colossus.spec.model import NgramSpec, RecallSpec
 
-# Odd 64-bit constants (as signed), one per distance into the past; any set of odd numbers that differ would
-# do.
+# Odd 64-bit constants (as signed), one per distance into the past; any odd numbers that differ would do.
 _MULTIPLIERS = (
     -7046029254386353131,
     2685821657736338717,
@@ -41,8 +40,7 @@ def _codes(tokens: Tensor, documents: Tensor, longest: int) -> Iterator[tuple[in
 
 
 def ngram_rows(tokens: Tensor, documents: Tensor, spec: NgramSpec) -> Tensor:
-    """Rows of the table for the n-gram that ends at each position, for each order n: int64 (orders, batch,
-    tokens).
+    """Rows for the n-gram that ends at each position, for each order n: int64 (orders, batch, tokens).
 
     tokens, documents: (batch, tokens).
     """
@@ -72,9 +70,8 @@ def recall_rows(tokens: Tensor, documents: Tensor, spec: RecallSpec, vocab_size:
         # Sorted, equal n-grams stand side by side, in the order in which they occur.
         ordered, position = (codes * _MULTIPLIERS[1] + owner).flatten().sort(stable=True)
         again, now, before = ordered[1:] == ordered[:-1], position[1:], position[:-1]
-        next_after = following[
-            (before + 1).clamp(max=len(following) - 1)
-        ]  # the last position has none, nor needs it
+        # Where it is not found again the token after is not used: the clamp only keeps the index valid.
+        next_after = following[(before + 1).clamp(max=len(following) - 1)]
         found = 1 + spec.orders.index(n) * vocab_size + next_after
         rows[now] = torch.where(again, found, rows[now])
     return rows.view(batch, length)

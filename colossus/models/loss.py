@@ -39,8 +39,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 squashed = torch.tanh(logits / cap)
                 logits = squashed * cap
             probabilities = torch.softmax(logits, -1, dtype=torch.float32)
-            # The largest probability is at least 1/vocabulary, so this cannot underflow as the target's own
-            # can.
+            # The largest probability is at least 1/vocabulary: it cannot underflow as the target's own can.
             top_logit, top = logits.max(-1, keepdim=True)
             log_top = probabilities.gather(1, top).log()
             # Logits first: their difference is small where they themselves are large.

@@ -7,7 +7,7 @@ float32 and in bfloat16, and gradients arrive in float32.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from colossus.spec.model import MlpSpec, NormSpec, RopeSpec
@@ -25,8 +25,7 @@ class Linear(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """Root-mean-square normalisation over the last dim (arXiv:1910.07467), with or without a weight per
-    channel."""
+    """Root-mean-square normalisation over the last dim (arXiv:1910.07467)."""
 
     def __init__(self, size: int, spec: NormSpec) -> None:
         super().__init__()
@@ -39,8 +38,7 @@ class RmsNorm(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary positions (arXiv:2104.09864): turns channel pairs (i, i + head_dim/2) by position ·
-    base^(-2i/head_dim)."""
+    """Rotary positions (arXiv:2104.09864): channels i, i + size/2 turn by position · base^(-2i/size)."""
 
     cosines: Tensor
     sines: Tensor
@@ -68,8 +66,7 @@ class Rope(nn.Module):
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """relu(x)² (arXiv:2109.08668). By hand it keeps one tensor for the backward pass where autograd would
-    keep two."""
+    """relu(x)² (arXiv:2109.08668). By hand it keeps one tensor for the backward pass; autograd keeps two."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ _LIMIT: Coefficients = (1.875, -1.25, 0.375)
 
 _SAFETY = 1.01
 """Singular values are taken for so much smaller than they are: each polynomial rises steeply just outside the
-range that it is made for, and rounding to bfloat16 gets there, so that without this a value in ten thousands
-is possible."""
+range that it is made for, and rounding to bfloat16 gets there: without this, values of 10,000 come about."""
 
 
 def polynomials(num_steps: int) -> tuple[Coefficients, ...]:
@@ -79,9 +78,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() != 2:
-                    raise ValueError(
-                        f"Muon is for matrices; got a parameter of shape {tuple(parameter.shape)}"
-                    )
+                    raise ValueError(f"Muon is for matrices; got shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -6,8 +6,7 @@ from colossus.spec.run import Cosine, WarmupStableDecay
 
 
 def multiplier(schedule: WarmupStableDecay | Cosine, *, step: int, done: float) -> float:
-    """What the peak learning rate is multiplied with at `step` (from 0), when `done` of the budget is used (0
-    to 1).
+    """What the peak learning rate is multiplied with at `step`, when `done` (0 to 1) of the budget is used.
 
     Driven by the used part of the budget, so that it ends with the budget whatever that is counted in. The
     last step of a run of n steps starts at done = (n-1)/n, so its multiplier is just above the final one.

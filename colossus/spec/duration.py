@@ -1,5 +1,4 @@
-"""How long: one value in place of a step count, a token count, a time limit and rules for which of them
-wins."""
+"""How long: one value in place of a step count, a token count, a time limit and rules for which wins."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -72,7 +71,9 @@ class Duration(Frozen):
         amount, unit = self.amount, str(self.unit)
         if unit == "seconds" and amount % 60 == 0 and amount / 60 * 60 == amount:
             amount, unit = amount / 60, "minutes"
-        return f"{int(amount) if amount == int(amount) else amount} {unit.removesuffix('s') if amount == 1 else unit}"
+        if amount == 1:
+            unit = unit.removesuffix("s")
+        return f"{int(amount) if amount == int(amount) else amount} {unit}"
 
     def describe(self) -> str:
         """For people: `"10M tokens"`."""

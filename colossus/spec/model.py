@@ -27,9 +27,9 @@ class ParameterSpec:
     """One parameter tensor.
 
     `role` says how it is used, and so how it is optimised: `embedding` (rows looked up), `sparse_embedding`
-    (rows looked up, of which a step touches few), `head` (projection to
-    the vocabulary), `matrix` (any other matmul), `vector` (norm weights and other elementwise ones: no
-    decay). `std` is the spread of its normal initial values; 0 means that it starts as the constant `start`.
+    (rows looked up, of which a step touches few), `head` (projection to the vocabulary), `matrix` (any other
+    matmul), `vector` (norm weights and other elementwise ones: no decay). `std` is the spread of its
+    normal initial values; 0 means that it starts as the constant `start`.
     """
 
     name: str
@@ -89,8 +89,7 @@ class RecallSpec(Frozen):
 
 
 class AttentionSpec(Frozen):
-    """Causal grouped-query attention (arXiv:2305.13245): `num_heads` queries share `num_kv_heads` keys and
-    values."""
+    """Causal grouped-query attention (arXiv:2305.13245): several heads of queries share keys and values."""
 
     num_heads: Positive
     num_kv_heads: Positive
@@ -109,9 +108,7 @@ class AttentionSpec(Frozen):
                 f"every key-value head serves the same number of query heads"
             )
         if self.rope is not None and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim {self.head_dim} is odd; rotary positions turn pairs, so it must be even"
-            )
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of channels")
         return self
 
 
@@ -151,8 +148,7 @@ class ModelSpec(Frozen):
     # --- the table of parameters ---
 
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """Every parameter, in the order that the built model has them. Linear weights are (outputs,
-        inputs)."""
+        """Every parameter, in the built model's order. Linear weights are (outputs, inputs)."""
         return tuple(self._parameters())
 
     def _parameters(self) -> Iterator[ParameterSpec]:
@@ -195,12 +191,8 @@ class ModelSpec(Frozen):
             yield matrix(f"{layer}.mlp.down.weight", hidden, mlp.intermediate_size, writes_residual=True)
         yield from norm("final_norm")
         if not self.tied_embeddings:
-            yield ParameterSpec(
-                "head.weight",
-                (self.vocab_size, hidden),
-                "head",
-                0.0 if self.zero_init_outputs else hidden**-0.5,
-            )
+            head_std = 0.0 if self.zero_init_outputs else hidden**-0.5
+            yield ParameterSpec("head.weight", (self.vocab_size, hidden), "head", head_std)
 
     # --- what it costs ---
 
@@ -209,22 +201,19 @@ class ModelSpec(Frozen):
         return sum(parameter.num_elements for parameter in self.parameters())
 
     def num_matmul_params(self) -> int:
-        """Weights that each token is multiplied with: matrices and the head, not the embedding's looked-up
-        rows."""
+        """Weights that each token is multiplied with: matrices and the head, no looked-up rows."""
         matrices = sum(p.num_elements for p in self.parameters() if p.role in ("matrix", "head"))
         return matrices + (self.vocab_size * self.hidden_size if self.tied_embeddings else 0)
 
     def forward_flops(self, num_sequences: int, sequence_tokens: int) -> int:
-        """FLOPs of one forward pass's matmuls, attention counted over the full square, as torch's counter
-        does."""
+        """FLOPs of one forward pass's matmuls, attention over the full square, as torch's counter does."""
         tokens = num_sequences * sequence_tokens
         square = 4 * self.attention.num_heads * self.attention.head_dim * sequence_tokens
         return tokens * (2 * self.num_matmul_params() + self.num_layers * square)
 
     def flops_per_token(self, sequence_tokens: int) -> float:
         """Model FLOPs of one trained token, the numerator of MFU: 6 per matmul weight (2 forward, 4 backward;
-        arXiv:2204.02311 appendix B), and attention over the causal half of the square. Recompute never
-        counts."""
+        arXiv:2204.02311 appendix B), and attention over the square's causal half. Recompute never counts."""
         causal = 4 * self.attention.num_heads * self.attention.head_dim * (sequence_tokens + 1) / 2
         return 6 * self.num_matmul_params() + 3 * self.num_layers * causal
 
@@ -234,10 +223,5 @@ class ModelSpec(Frozen):
 
     def kv_cache_bytes_per_token(self, dtype: Dtype = "float32") -> int:
         """Bytes of keys and values that generation keeps for one token of one sequence."""
-        return (
-            2
-            * self.num_layers
-            * self.attention.num_kv_heads
-            * self.attention.head_dim
-            * BYTES_PER_ELEMENT[dtype]
-        )
+        per_layer = 2 * self.attention.num_kv_heads * self.attention.head_dim
+        return self.num_layers * per_layer * BYTES_PER_ELEMENT[dtype]

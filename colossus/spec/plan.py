@@ -1,5 +1,4 @@
-"""The plan: how one training step is laid out on the machine. The trainer executes it and has no settings
-beside it."""
+"""The plan: how one step is laid out on the machine. The trainer executes it, with no settings beside it."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,8 +9,10 @@ from colossus.spec.model import Dtype, Positive
 
 
 class Layout(Frozen):
-    """Ranks along each mesh axis. A replica group is pp × shard × cp × tp ranks; `ep` folds into shard × cp ×
-    tp."""
+    """Ranks along each mesh axis. A replica group is pp × shard × cp × tp ranks.
+
+    `ep` folds into shard × cp × tp.
+    """
 
     replica: Positive = 1
     pp: Positive = 1
@@ -45,8 +46,7 @@ class Machine(Frozen):
     float32_library: Float32Library = "default"
     """The faster one that keeps float32's precision."""
     compiled_before: bool
-    """Whether torch.compile's cache holds kernels for this model and batch, so that compiling costs seconds
-    only."""
+    """Whether torch.compile's cache holds kernels for this model and batch: compiling then takes seconds."""
 
 
 class Memory(Frozen):

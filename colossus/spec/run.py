@@ -89,8 +89,7 @@ class Evaluation(Frozen):
 
     every: Duration = Duration(amount=30, unit="seconds")
     max_tokens: Positive | None = 16_384
-    """Held-out tokens looked at in the course of the run; None: all. The closing figure is always over
-    all."""
+    """Held-out tokens looked at in the course of the run; None: all. The closing figure is over all."""
 
 
 class RunConfig(Frozen):
@@ -108,15 +107,13 @@ class RunConfig(Frozen):
     gradient_clip: PositiveFloat | None = 1.0
     """Largest norm of the whole gradient; None: no clipping."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared log-partition added to the loss (arXiv:2204.02311); keeps logits from
-    drifting."""
+    """Weight of the squared log-partition in the loss (arXiv:2204.02311); keeps logits from drifting."""
     max_skipped_steps: Positive = 5
     """Steps in a row whose loss or gradient may be non-finite before the run stops."""
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     plan: Plan | None = None
-    """How it runs on the machine; None in what people write: the planner fills it in for the machine at
-    hand."""
+    """How it runs on the machine; None in what people write: the planner fills it in."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -128,15 +125,16 @@ class RunConfig(Frozen):
         tokenizer = self.data.tokenizer
         if tokenizer.kind == "bpe" and tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"data.tokenizer.vocab_size is {tokenizer.vocab_size}, but model.vocab_size is {self.model.vocab_size}; "
-                f"the model needs a row for every token"
+                f"data.tokenizer.vocab_size is {tokenizer.vocab_size}, but model.vocab_size is "
+                f"{self.model.vocab_size}; the model needs a row for every token"
             )
         if self.plan is not None:
             planned = (self.plan.global_batch_sequences, self.plan.sequence_tokens)
             if planned != (self.batch.sequences, self.batch.sequence_tokens):
                 raise ValueError(
-                    f"the plan is for {planned[0]} sequences of {planned[1]} tokens a step, but batch asks for "
-                    f"{self.batch.sequences} of {self.batch.sequence_tokens}; remove [plan] to have it planned anew"
+                    f"the plan is for {planned[0]} sequences of {planned[1]} tokens a step, but batch asks "
+                    f"for {self.batch.sequences} of {self.batch.sequence_tokens}; remove [plan] to have it "
+                    f"planned anew"
                 )
         return self
 

@@ -3,8 +3,7 @@
     for report in train(config, state, reader):
         ...      # logging, evaluation, checkpoints and tests are ordinary consumers
 
-The loop decides nothing about layout, precision or batch split: the plan has. It knows no clock but the
-budget's.
+The loop decides nothing about layout, precision or batch split: the plan has. Its only clock is the budget's.
 """
 
 import math
@@ -25,11 +24,9 @@ from colossus.trainer.step import accumulate_gradients
 
 
 def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator[StepDone | StepSkipped]:
-    """Steps from where `state` is to the end of the budget, a report after each; `state` is whole between
-    them.
+    """Steps from where `state` is to the end of the budget, a report after each. `state` is whole in between.
 
-    Raises TrainingDiverged after `config.max_skipped_steps` steps in a row whose loss or gradient is not
-    finite.
+    Raises TrainingDiverged after `config.max_skipped_steps` steps in a row with no finite loss or gradient.
     """
     plan, model = config.plan, state.model
     assert plan is not None
@@ -85,23 +82,21 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
             )
             if state.skipped_in_a_row >= config.max_skipped_steps:
                 raise TrainingDiverged(
-                    f"the loss or its gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step "
-                    f"{step}; none of them was applied. Their batches are in events.jsonl. A lower learning rate or a "
-                    f"smaller gradient_clip may help; so may looking at that text"
+                    f"the loss or its gradient was not finite in {state.skipped_in_a_row} steps in a row, "
+                    f"up to step {step}; none of them was applied. Their batches are in events.jsonl. A "
+                    f"lower learning rate or a smaller gradient_clip may help; so may looking at that text"
                 )
         done = _done(config, state.progress)
 
 
 def _done(config: RunConfig, progress: Progress) -> float:
-    """The used part of the budget. Exact in steps where those fix the end, so that all machines decay
-    alike."""
+    """The used part of the budget. Exact in steps where those fix the end: all machines decay alike."""
     total = config.total_steps()
     return config.budget.done(progress) if total is None else progress.steps / total
 
 
 class _Clock:
-    """Wall time runs on between steps; CPU time counts in the steps alone, so that evaluating costs no budget
-    of it."""
+    """Wall time runs on between steps; CPU time counts in the steps alone: evaluating costs none of it."""
 
     def __init__(self, start: Progress) -> None:
         self._wall_s = start.seconds - time.perf_counter()

@@ -1,7 +1,6 @@
-"""All that a run is at one instant: weights, optimizer state, how far it has come. As tensors and facts to
-save."""
+"""All that a run is at one instant: weights, optimizer state, how far it has come; as tensors and facts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ class TrainState:
 
     model: Decoder
     optimizers: Optimizers
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
     skipped_in_a_row: int = 0
 
     @classmethod
@@ -29,9 +28,8 @@ class TrainState:
         """The state before the first step: a function of the configuration alone."""
         assert config.plan is not None
         model = build(config.model, seed=config.seed, device=config.plan.machine.kind)
-        return cls(
-            model, build_optimizers(model, config.model, config.optimizer, dtype=DTYPES[config.plan.dtype])
-        )
+        dtype = DTYPES[config.plan.dtype]
+        return cls(model, build_optimizers(model, config.model, config.optimizer, dtype=dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         """By flat name: `model.<parameter>` and `optimizer.<parameter>.<what>`. Views, not copies."""
@@ -46,31 +44,26 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Takes over what a checkpoint holds. Raises CheckpointError if it is not of this model and
-        optimizer."""
+        """Takes over what a checkpoint holds. Raises CheckpointError for names that are not those here."""
         parameters = dict(self.model.named_parameters())
         for name, parameter in parameters.items():
             if f"model.{name}" not in tensors:
                 raise CheckpointError(f"the checkpoint has no tensor model.{name}")
             parameter.copy_(tensors[f"model.{name}"])
         owner = {
-            parameter: o for o in self.optimizers for group in o.param_groups for parameter in group["params"]
+            p: optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]
         }
         for full_name, tensor in tensors.items():
             if not full_name.startswith("optimizer."):
                 continue
             name, _, key = full_name.removeprefix("optimizer.").rpartition(".")
             if name not in parameters:
-                raise CheckpointError(
-                    f"the checkpoint has optimizer state {full_name} of a parameter that is not here"
-                )
+                raise CheckpointError(f"the checkpoint has {full_name}, of a parameter that is not here")
             parameter = parameters[name]
             owner[parameter].state[parameter][key] = tensor.to(parameter.device).clone()
         self.progress = Progress(**facts["progress"])
         self.skipped_in_a_row = facts["skipped_in_a_row"]
 
     def _optimizer_states(self) -> dict[str, dict[str, Tensor]]:
-        states = {
-            parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()
-        }
+        states = {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
         return {name: states[p] for name, p in self.model.named_parameters() if p in states}

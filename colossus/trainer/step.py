@@ -13,8 +13,7 @@ from colossus.trainer.precision import DTYPES
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Over some tokens: their summed loss in nats, and how many there are. Sums add up exactly; means do
-    not."""
+    """Over some tokens: their summed loss in nats, and how many there are. Sums add up; means do not."""
 
     loss: Tensor
     num_tokens: int

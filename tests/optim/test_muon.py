@@ -171,5 +171,5 @@ def test_no_gradient_and_a_zero_gradient_change_nothing(dtype: torch.dtype) -> N
 
 
 def test_vectors_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Muon is for matrices; got a parameter of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"Muon is for matrices; got shape \(3,\)"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
