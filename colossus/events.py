@@ -78,6 +78,14 @@ class StepSkipped(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationStarted(Event):
+    """Training is done; all held-out text is being looked at, which can take a while."""
+
+    step: int
+    num_heldout_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
     """Held-out text after `step` steps."""
 

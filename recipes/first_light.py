@@ -39,5 +39,5 @@ def _on_the_standard_library(name: str, model: ModelSpec, budget: str) -> RunCon
         ),
         schedule=WarmupStableDecay(warmup_steps=10, decay_fraction=0.7),
         checkpoints=Checkpoints(every=Duration.parse("1 minute")),
-        evaluation=Evaluation(every=Duration.parse("30 seconds"), max_tokens=16_384),
+        evaluation=Evaluation(every=Duration.parse("30 seconds"), max_tokens=32_768),
     )

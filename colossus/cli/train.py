@@ -40,6 +40,7 @@ Examples:
   colossus train my-run.toml --seed 7 --name seed-7     a whole configuration from a file
   colossus train --print-config > my-run.toml           ... and how to get one to start from
   colossus train --resume first-light-001               go on after an interruption or a crash
+  colossus train --resume latest --minutes 10           ... and train for ten minutes in all
   colossus train --json | jq .heldout_bits_per_byte
 """
 
@@ -104,18 +105,18 @@ def train(
     The run's directory has all of it: configuration, events, checkpoints, curves. Ctrl-C stops after a
     checkpoint.
     """
+    budget = budget_settings({"steps": steps, "tokens": tokens, "minutes": minutes, "cpu_seconds": cpu_seconds})
     changes = [
         *data_settings(data, text_field),
         *tokenizer_settings(tokenizer, vocab_size),
-        *budget_settings({"steps": steps, "tokens": tokens, "minutes": minutes, "cpu_seconds": cpu_seconds}),
         *([f"seed={seed}"] if seed is not None else []),
         *([f"model.vocab_size={vocab_size}"] if vocab_size is not None else []),
         *(settings or []),
     ]
     if resume is not None:
-        config = _resumed_config(resume, runs, [*_words(recipe, name), *changes])
+        config = _resumed_config(resume, runs, budget, [*_words(recipe, name), *changes])
     else:
-        config = _new_config(recipe or DEFAULT_RECIPE, name, tokenizer, changes)
+        config = _new_config(recipe or DEFAULT_RECIPE, name, tokenizer, [*budget, *changes])
     if print_config:
         from colossus.spec.config import to_toml
 
@@ -146,16 +147,17 @@ def _words(recipe: str | None, name: str | None) -> list[str]:
     return [*([recipe] if recipe else []), *([f"--name {name}"] if name else [])]
 
 
-def _resumed_config(resume: str, runs: Path, refused: Sequence[str]) -> "RunConfig":
+def _resumed_config(resume: str, runs: Path, budget: list[str], refused: Sequence[str]) -> "RunConfig":
     from colossus.observe.run_directory import RunDirectory
+    from colossus.spec.config import override
 
     run = RunDirectory.open(resume, runs)
     if refused:
         raise ConfigError(
-            f"--resume {resume} goes on with that run as it is, so it takes no {', '.join(refused)}; "
-            f"to start a new run like it: colossus train {run.config_path}"
+            f"--resume {resume} goes on with that run as it is, so it takes no {', '.join(refused)}, only another "
+            f"budget; to start a new run like it: colossus train {run.config_path}"
         )
-    return run.config()
+    return override(run.config(), budget)
 
 
 def _watch(
@@ -212,7 +214,7 @@ def _run(
 
     watching: Any = {"observers": observers, "threads": threads, "progress": RichProgress()}
     if resume is not None:
-        return run.resume(RunDirectory.open(resume, runs), **watching)
+        return run.resume(RunDirectory.open(resume, runs), budget=config.budget, **watching)
     return run.start(config, runs_directory=runs, name=name or config.name, **watching)
 
 

@@ -9,6 +9,7 @@ from colossus.events import (
     CheckpointSaved,
     Decision,
     Evaluated,
+    EvaluationStarted,
     Event,
     RunFinished,
     RunStarted,
@@ -52,6 +53,8 @@ class Lines:
                     f"{'':4} held-out after {event.step:,} steps: {event.bits_per_byte:.4f} bits per byte "
                     f"({format_count(event.num_heldout_tokens)} tokens, {format_seconds(event.seconds)})"
                 )
+            case EvaluationStarted():
+                self._write(f"{'':4} evaluating on all {format_count(event.num_heldout_tokens)} held-out tokens")
             case CheckpointSaved():
                 size, took = format_bytes(event.num_bytes), format_seconds(event.seconds)
                 self._write(f"{'':4} checkpoint after {event.step:,} steps: {size}, {took}")

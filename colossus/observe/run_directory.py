@@ -160,9 +160,13 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Held while a process trains in the directory; the system lets go of it however the process ends.
 
-        Raises RunError, naming the process, when another one holds it.
+        Raises RunError when another process holds it, naming that, and when nothing can be written here.
         """
-        with self._lock_path.open("a+", encoding="utf-8") as file:
+        try:
+            opened = self._lock_path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error.strerror or error}") from None
+        with opened as file:
             self._acquire(file)
             file.seek(0)
             file.truncate()

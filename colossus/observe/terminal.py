@@ -126,7 +126,10 @@ class TerminalView:
         return lines
 
     def _heldout(self, width: int) -> Text:
-        values = self._tracker.bits_per_byte
+        values, running = self._tracker.bits_per_byte, self._tracker.evaluating
+        if running is not None:
+            since, size = time.time() - running.time_s, format_count(running.num_heldout_tokens)
+            return Text(f" held-out        measuring on all {size} tokens … {format_seconds(since)}")
         if not values:
             return Text(" held-out            not yet measured", style="dim")
         return Text.assemble(

@@ -9,6 +9,7 @@ from colossus.events import (
     CheckpointSaved,
     Decision,
     Evaluated,
+    EvaluationStarted,
     Event,
     RunFinished,
     RunStarted,
@@ -31,6 +32,7 @@ class Tracker:
         self.loss = Smoothed(half_life=20)
         self.losses = Thinned()
         self.bits_per_byte: list[float] = []
+        self.evaluating: EvaluationStarted | None = None
         self.checkpoint: CheckpointSaved | None = None
         self.decisions: deque[Decision] = deque(maxlen=4)
         self.warnings: deque[str] = deque(maxlen=3)
@@ -43,8 +45,11 @@ class Tracker:
         match event:
             case StepDone():
                 self._see_step(event)
+            case EvaluationStarted():
+                self.evaluating = event
             case Evaluated():
                 self.bits_per_byte.append(event.bits_per_byte)
+                self.evaluating = None
             case CheckpointSaved():
                 self.checkpoint = event
             case Decision():

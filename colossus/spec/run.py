@@ -88,7 +88,7 @@ class Evaluation(Frozen):
     """When held-out loss is measured, and on how much."""
 
     every: Duration = Duration(amount=30, unit="seconds")
-    max_tokens: Positive | None = 16_384
+    max_tokens: Positive | None = 32_768
     """Held-out tokens looked at in the course of the run; None: all. The closing figure is over all."""
 
 

@@ -1,6 +1,7 @@
 """Held-out text: what the model makes of text that it has never seen."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +22,32 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, corpus: Corpus, plan: Plan, *, max_tokens: int | None = None) -> HeldOut:
-    """Loss over held-out documents, or over a fixed spread of them that has about `max_tokens` tokens.
+def evaluate(
+    model: Decoder,
+    corpus: Corpus,
+    plan: Plan,
+    *,
+    max_tokens: int | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> HeldOut | None:
+    """Loss over all held-out windows, or over every n-th so that they have about `max_tokens` tokens.
 
-    Windows of the training length that do not overlap: the first tokens of a window have little context, as
-    in training. Raises DataError when nothing is held out.
+    Windows have the training length and do not overlap: the first tokens of a window have little context, as in
+    training. Over all of them the bits per byte are exact; over some, the loss per token is theirs and the bytes per
+    token are the whole held-out part's. None when `stop` said so, asked before each batch. Raises DataError when
+    nothing is held out.
     """
-    windows = heldout_windows(corpus, plan.sequence_tokens, max_tokens)
-    sequences = max(1, min(plan.micro_batch_sequences, 8))
+    windows = heldout_windows(corpus, plan.sequence_tokens)
+    stride = 1 if max_tokens is None else max(1, -(-windows.num_tokens // max_tokens))
+    chosen = range(0, windows.num_windows, stride)
+    sequences = max(1, min(plan.micro_batch_sequences, 8)) if stride == 1 else 1
+    nats, num_tokens = 0.0, 0
     with torch.compiler.set_stance("force_eager"):  # a pass without gradients would be compiled anew
-        total = sum(loss_sums(model, batch, plan)[1].loss.item() for batch in windows.batches(sequences))
-    return HeldOut(
-        loss=total / windows.num_tokens,
-        bits_per_byte=total / math.log(2) / windows.num_bytes,
-        num_tokens=windows.num_tokens,
-    )
+        for first in chosen[::sequences]:
+            if stop is not None and stop():
+                return None
+            _, sums = loss_sums(model, windows.read(first, sequences), plan)
+            nats += sums.loss.item()
+            num_tokens += sums.num_tokens
+    loss = nats / num_tokens
+    return HeldOut(loss, loss / math.log(2) * windows.num_tokens / windows.num_bytes, num_tokens)

@@ -2,51 +2,57 @@
 
 import contextlib
 import os
-import resource
-import signal
 import statistics
-import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
-import torch
-
-from colossus.checkpoint import Saved, Saver, load_newest
-from colossus.data import BatchReader, Corpus, Progress, corpus_directory, prepare
-from colossus.errors import ConfigError, DataError, TrainingDiverged
+from colossus.checkpoint import Saved, SaveFailed, Saver, list_checkpoints, load_newest
+from colossus.data import BatchReader, Corpus, Progress, Tokenizer, corpus_directory, prepare
+from colossus.errors import ConfigError, DataError, RunError, TrainingDiverged
 from colossus.events import (
     CheckpointFailed,
     CheckpointRejected,
     CheckpointSaved,
     Decision,
     Evaluated,
+    EvaluationStarted,
     Event,
     EventLog,
     RunFinished,
     RunStarted,
-    StepDone,
 )
 from colossus.generate import Sampling, generate
 from colossus.observe import Observer
 from colossus.observe.curves import write_curves
+from colossus.observe.history import history
 from colossus.observe.meters import smooth
 from colossus.observe.run_directory import RunDirectory
 from colossus.observe.summary import Summary
 from colossus.planner import plan_one_rank
+from colossus.spec.duration import Duration
 from colossus.spec.duration import Progress as RunProgress
+from colossus.spec.plan import Plan
 from colossus.spec.run import RunConfig
 from colossus.trainer.evaluate import evaluate
+from colossus.trainer.interrupts import Interrupts
 from colossus.trainer.loop import train
-from colossus.trainer.machine import compile_marker, measure_machine, prepare_process
+from colossus.trainer.machine import (
+    compile_marker,
+    device_kind,
+    measure_machine,
+    peak_rss_bytes,
+    prepare_process,
+    release_memory,
+)
 from colossus.trainer.precision import use_float32_library
 from colossus.trainer.state import TrainState
 
 SAMPLE_TOKENS = 200
+
+ShownProgress = AbstractContextManager[Progress] | None
 
 
 def start(
@@ -56,55 +62,84 @@ def start(
     name: str,
     observers: Sequence[Observer] = (),
     threads: int | None = None,
-    progress: AbstractContextManager[Progress] | None = None,
+    progress: ShownProgress = None,
 ) -> Summary:
     """Trains a new run in a new directory of `runs_directory`; prepares its corpus first where that is not done.
 
-    Ctrl-C and SIGTERM end it after the step at hand, with a checkpoint; a second one ends the process at once.
-    Raises ConfigError, DataError or RunError before anything is trained, TrainingDiverged after.
+    A configuration that has a plan is trained by that plan. Ctrl-C and SIGTERM end it after the step at hand, with
+    a checkpoint; a second one ends the process at once. Raises ConfigError, DataError or RunError before anything
+    is trained, TrainingDiverged after.
     """
-    session = _Session(observers)
-    prepare_process(threads)
-    corpus = session.prepare(config, runs_directory, progress)
-    reader = _check_corpus(config, corpus)
+    costs = _Costs()
+    corpus = _prepare(config, runs_directory, progress, costs)
+    reader = _reader(config, corpus)
+    prepare_process(threads or (config.plan.machine.num_threads if config.plan else None))
     if config.plan is None:
         config = config.model_copy(update={"plan": plan_one_rank(config, measure_machine(config))})
+    _check_plan(_plan_of(config))
     run = RunDirectory.create(runs_directory, name)
-    run.write_description(config)
-    corpus.tokenizer.save(run.tokenizer_path)
     with run.lock():
-        return session.train(run, config, corpus, reader, TrainState.new(config))
+        with _writing(run):
+            corpus.tokenizer.save(run.tokenizer_path)
+            run.write_description(config)  # last: a directory with a config.toml can be resumed
+        return _train(run, config, corpus, reader, TrainState.new(config), costs, observers)
 
 
 def resume(
     run: RunDirectory,
     *,
+    budget: Duration | None = None,
     observers: Sequence[Observer] = (),
     threads: int | None = None,
-    progress: AbstractContextManager[Progress] | None = None,
+    progress: ShownProgress = None,
 ) -> Summary:
     """Goes on with a run from its newest good checkpoint, exactly as if it had never stopped.
 
-    Raises CheckpointError when there is no good one, RunError when another process trains in it.
+    One that was killed before its first checkpoint begins again. With `budget` the run is given another length in
+    all, which its schedule then ends with. Raises CheckpointError when no checkpoint is good, RunError when another
+    process trains in it, ConfigError when the new budget is used up already.
     """
-    session = _Session(observers)
-    config = run.config()
-    assert config.plan is not None, "a run's configuration holds its plan"
-    planned = config.plan.machine.num_threads
-    # Sums depend on how many threads share them, so the plan's number is part of what makes a resumed run exact.
-    prepare_process(threads or planned)
+    costs = _Costs()
     with run.lock():
-        corpus = session.prepare(config, run.path.parent, progress)
-        reader = _check_corpus(config, corpus)
+        config = run.config()
+        plan = _plan_of(config)
+        _check_plan(plan)
+        corpus = _prepare(config, run.path.parent, progress, costs)
+        reader = _reader(config, corpus)
         _check_tokenizer(run, corpus)
+        # Sums depend on how many threads share them: the plan's number is part of what makes a resumed run exact.
+        prepare_process(threads or plan.machine.num_threads)
         state = TrainState.new(config)
-        loaded, rejected = load_newest(run.checkpoints_path, expect=config.model)
-        session.pending += [CheckpointRejected(path=str(one.path), reason=one.reason) for one in rejected]
-        state.load(loaded.tensors, loaded.facts)
-        return session.train(run, config, corpus, reader, state)
+        news = _load(run, config, state)
+        if budget is not None and budget != config.budget:
+            news.append(_rebudget(config.budget, budget, state.progress))
+            config = config.model_copy(update={"budget": budget})
+            with _writing(run):
+                run.write_config(config)
+        return _train(run, config, corpus, reader, state, costs, observers, news)
 
 
-def _check_corpus(config: RunConfig, corpus: Corpus) -> BatchReader:
+# --- before training ---
+
+
+@dataclass
+class _Costs:
+    """What this process spent beside training."""
+
+    started_s: float = field(default_factory=time.perf_counter)
+    preparation_cpu_s: float = 0.0
+    evaluation_cpu_s: float = 0.0
+
+
+def _prepare(config: RunConfig, runs_directory: Path, progress: ShownProgress, costs: _Costs) -> Corpus:
+    before = time.process_time()
+    with progress or contextlib.nullcontext() as shown:
+        corpus = prepare(config.data, corpus_directory(config.data, runs_directory), progress=shown)
+    costs.preparation_cpu_s = time.process_time() - before
+    return corpus
+
+
+def _reader(config: RunConfig, corpus: Corpus) -> BatchReader:
     """Raises ConfigError for a tokenizer that the model has too few rows for, DataError for too little text."""
     if corpus.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -114,9 +149,22 @@ def _check_corpus(config: RunConfig, corpus: Corpus) -> BatchReader:
     return BatchReader(corpus, config.seed, config.batch.sequence_tokens, config.batch.sequences)
 
 
-def _check_tokenizer(run: RunDirectory, corpus: Corpus) -> None:
-    from colossus.data import Tokenizer
+def _plan_of(config: RunConfig) -> Plan:
+    if config.plan is None:
+        raise RunError("the run's config.toml has no [plan], which says how it was trained; put it back")
+    return config.plan
 
+
+def _check_plan(plan: Plan) -> None:
+    kind = device_kind()
+    if plan.machine.kind == "cuda" and kind != "cuda":
+        raise ConfigError(
+            f"the plan is for {plan.machine.chip}, and there is no GPU here; remove [plan] from the configuration "
+            f"to have it planned for this machine"
+        )
+
+
+def _check_tokenizer(run: RunDirectory, corpus: Corpus) -> None:
     if Tokenizer.load(run.tokenizer_path).fingerprint != corpus.tokenizer.fingerprint:
         raise DataError(
             f"{run.path} was trained with another tokenizer than its corpus has now: the text or the tokenizer file "
@@ -124,130 +172,183 @@ def _check_tokenizer(run: RunDirectory, corpus: Corpus) -> None:
         )
 
 
+def _load(run: RunDirectory, config: RunConfig, state: TrainState) -> list[Event]:
+    """The newest good checkpoint into `state`; what there is to tell about it.
+
+    Its files are mapped, and let go when this returns: their pages would count as this process's memory.
+    """
+    if not list_checkpoints(run.checkpoints_path):
+        reason = "there is no checkpoint yet, and the first step's state follows from the configuration"
+        return [Decision(what="resume", choice="from the beginning", reason=reason)]
+    loaded, rejected = load_newest(run.checkpoints_path, expect=config.model)
+    state.load(loaded.tensors, loaded.facts)
+    return [CheckpointRejected(path=str(one.path), reason=one.reason) for one in rejected]
+
+
+def _rebudget(before: Duration, budget: Duration, progress: RunProgress) -> Decision:
+    """Raises ConfigError for a budget that leaves nothing to train."""
+    if budget.done(progress) >= 1:
+        raise ConfigError(
+            f"the run has trained {progress.steps:,} steps ({progress.tokens:,} tokens, {progress.seconds:.0f} s, "
+            f"{progress.cpu_seconds:.0f} s of CPU time) already, so {budget.describe()} in all leave nothing to train"
+        )
+    return Decision(
+        what="budget",
+        choice=budget.describe(),
+        reason=f"asked for on resuming, in place of {before.describe()}; the schedule now ends with it",
+    )
+
+
+@contextlib.contextmanager
+def _writing(run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write to {run.path}: {error.strerror or error}") from None
+
+
+# --- training ---
+
+
+def _train(
+    run: RunDirectory,
+    config: RunConfig,
+    corpus: Corpus,
+    reader: BatchReader,
+    state: TrainState,
+    costs: _Costs,
+    observers: Sequence[Observer],
+    news: Sequence[Event] = (),
+) -> Summary:
+    with _writing(run):
+        log = EventLog(run.events_path)
+    with log, Interrupts() as interrupts:
+        session = _Session(run, config, corpus, state, costs, interrupts, (log.write, *observers))
+        for event in news:
+            session.emit(event)
+        session.announce()
+        reason = session.train(reader)
+        release_memory()
+        heldout = None
+        if reason == "budget":
+            heldout = session.evaluate_all()
+            session.write_sample()
+        reason = "interrupted" if interrupts.seen else reason
+        session.emit(RunFinished(step=state.progress.steps, reason=reason))
+    summary = session.summary(heldout)
+    with contextlib.suppress(OSError):  # a full disk: the checkpoint says so, and whoever waits gets the summary
+        summary.write(run.summary_path)
+        write_curves(list(run.events()), run.curves_path, title=run.name)
+    return summary
+
+
 @dataclass
 class _Session:
-    """One process's part of a run: where events go, and what it spent on what."""
+    """One process's part of a run: what happens around the loop."""
 
+    run: RunDirectory
+    config: RunConfig
+    corpus: Corpus
+    state: TrainState
+    costs: _Costs
+    interrupts: Interrupts
     observers: Sequence[Observer]
-    pending: list[Event] = field(default_factory=list)
-    log: EventLog | None = None
-    started_s: float = field(default_factory=time.perf_counter)
-    preparation_cpu_s: float = 0.0
-    evaluation_cpu_s: float = 0.0
-    compile_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.plan = _plan_of(self.config)
+        # The state at the start is on the disk, or follows from the configuration.
+        self._saved_step = self.state.progress.steps
 
     def emit(self, event: Event) -> None:
-        if self.log is not None:
-            self.log.write(event)
         for observer in self.observers:
             observer(event)
 
-    def prepare(
-        self, config: RunConfig, runs_directory: Path, progress: AbstractContextManager[Progress] | None
-    ) -> Corpus:
-        before = time.process_time()
-        with progress or contextlib.nullcontext() as shown:
-            corpus = prepare(config.data, corpus_directory(config.data, runs_directory), progress=shown)
-        self.preparation_cpu_s += time.process_time() - before
-        return corpus
-
-    def train(
-        self, run: RunDirectory, config: RunConfig, corpus: Corpus, reader: BatchReader, state: TrainState
-    ) -> Summary:
-        assert config.plan is not None
-        use_float32_library(config.plan.machine.float32_library)
-        with EventLog(run.events_path) as self.log, _Interrupts() as interrupts:
-            for event in self.pending:
-                self.emit(event)
-            self._announce(config, state)
-            with Saver(run.checkpoints_path, keep=config.checkpoints, model=config.model) as saver:
-                try:
-                    reason = self._loop(config, corpus, reader, state, saver, interrupts)
-                except TrainingDiverged:
-                    self._finish_saving(saver)
-                    self.emit(RunFinished(step=state.progress.steps, reason="diverged"))
-                    raise
-                self._save(saver, state)
-                self._finish_saving(saver)
-            heldout = None
-            if reason == "budget":
-                heldout = self._evaluate(config, corpus, state, max_tokens=None)
-                self._write_sample(run, config, corpus, state)
-            self.emit(RunFinished(step=state.progress.steps, reason=reason))
-        summary = self._summary(run, config, state, heldout)
-        summary.write(run.summary_path)
-        write_curves(list(run.events()), run.curves_path, title=run.name)
-        return summary
-
-    def _loop(
-        self,
-        config: RunConfig,
-        corpus: Corpus,
-        reader: BatchReader,
-        state: TrainState,
-        saver: Saver,
-        interrupts: "_Interrupts",
-    ) -> str:
-        """Trains to the end of the budget or an interrupt; why it ended."""
-        assert config.plan is not None
-        if config.plan.compile:
-            for layer in state.model.layers:
-                layer.compile(dynamic=False)
-        saver.prepare(state.tensors())
-        evaluated = saved = state.progress
-        first = True
-        for report in train(config, state, reader):
-            self.emit(report)
-            if first and config.plan.compile and isinstance(report, StepDone):
-                self.compile_s = report.step_time_s
-                with contextlib.suppress(OSError):
-                    marker = compile_marker(config)
-                    marker.parent.mkdir(parents=True, exist_ok=True)
-                    marker.touch()
-            first = False
-            for result in saver.poll():
-                self._report(result)
-            if interrupts.seen:
-                return "interrupted"
-            if _due(config.checkpoints.every, saved, state.progress) and not saver.busy:
-                self._save(saver, state)
-                saved = state.progress
-            if _due(config.evaluation.every, evaluated, state.progress):
-                if corpus.heldout_tokens:
-                    self._evaluate(config, corpus, state, max_tokens=config.evaluation.max_tokens)
-                evaluated = state.progress
-        return "budget"
-
-    def _announce(self, config: RunConfig, state: TrainState) -> None:
-        plan = config.plan
-        assert plan is not None
+    def announce(self) -> None:
+        progress = self.state.progress
         # What start-up has used counts against a budget of CPU time; what preparing the corpus has used does not.
-        used = time.process_time() - self.preparation_cpu_s
-        state.progress = replace(state.progress, cpu_seconds=state.progress.cpu_seconds + used)
-        if state.progress.steps == 0:
-            for what, why in plan.reasons.items():
-                self.emit(Decision(what=what, choice=str(getattr(plan, what)), reason=why))
+        used = time.process_time() - self.costs.preparation_cpu_s
+        self.state.progress = replace(progress, cpu_seconds=progress.cpu_seconds + used)
+        if progress.steps == 0:
+            for what, why in self.plan.reasons.items():
+                self.emit(Decision(what=what, choice=str(getattr(self.plan, what)), reason=why))
+        if not self.corpus.heldout_tokens:
+            why = "no document is held out; raise data.heldout_fraction, or add documents"
+            self.emit(Decision(what="evaluation", choice="none", reason=why))
         self.emit(
             RunStarted(
-                first_step=state.progress.steps,
-                num_params=config.model.num_params(),
+                first_step=progress.steps,
+                num_params=self.config.model.num_params(),
                 host=os.uname().nodename,
                 process_id=os.getpid(),
             )
         )
 
-    def _evaluate(
-        self, config: RunConfig, corpus: Corpus, state: TrainState, *, max_tokens: int | None
-    ) -> Evaluated | None:
-        assert config.plan is not None
-        if not corpus.heldout_tokens:
+    def train(self, reader: BatchReader) -> str:
+        """Trains to the end of the budget or an interrupt, and saves; why it ended."""
+        config, state = self.config, self.state
+        use_float32_library(self.plan.machine.float32_library)
+        if self.plan.compile:
+            for layer in state.model.layers:
+                layer.compile(dynamic=False)
+        reason = "budget"
+        with Saver(self.run.checkpoints_path, keep=config.checkpoints, model=config.model) as saver:
+            saving = _Rhythm(config.checkpoints.every, state.progress)
+            evaluating = _Rhythm(config.evaluation.every, state.progress)
+            try:
+                for report in train(config, state, reader):
+                    self.emit(report)
+                    self._report(saver.poll())
+                    if self.interrupts.seen:
+                        reason = "interrupted"
+                        break
+                    if not saver.busy and saving.due(state.progress):
+                        self._save(saver)
+                    if evaluating.due(state.progress):
+                        self._evaluate(config.evaluation.max_tokens)
+            except TrainingDiverged:
+                self._report(saver.wait())
+                self.emit(RunFinished(step=state.progress.steps, reason="diverged"))
+                raise
+            self._report(saver.wait())
+            if self._saved_step != state.progress.steps:
+                self._save(saver)
+                self._report(saver.wait())
+        if self.plan.compile:
+            _note_compiled(config)
+        return reason
+
+    def _save(self, saver: Saver) -> None:
+        saver.save(self.state.progress.steps, self.state.tensors(), self.state.facts())
+
+    def _report(self, results: Sequence[Saved | SaveFailed]) -> None:
+        for result in results:
+            if isinstance(result, Saved):
+                self._saved_step = result.step
+                path, size = str(result.path), result.num_bytes
+                self.emit(
+                    CheckpointSaved(step=result.step, path=path, num_bytes=size, seconds=result.seconds)
+                )
+            else:
+                self.emit(CheckpointFailed(step=result.step, reason=result.reason))
+
+    def evaluate_all(self) -> Evaluated | None:
+        """The closing figure: over all held-out text. None where there is none, or Ctrl-C came before its end."""
+        if self.corpus.heldout_tokens:
+            step, num_tokens = self.state.progress.steps, self.corpus.heldout_tokens
+            self.emit(EvaluationStarted(step=step, num_heldout_tokens=num_tokens))
+        return self._evaluate(None, stop=lambda: self.interrupts.seen)
+
+    def _evaluate(self, max_tokens: int | None, stop: Callable[[], bool] | None = None) -> Evaluated | None:
+        if not self.corpus.heldout_tokens:
             return None
         cpu_s, started = time.process_time(), time.perf_counter()
-        result = evaluate(state.model, corpus, config.plan, max_tokens=max_tokens)
-        self.evaluation_cpu_s += time.process_time() - cpu_s
+        result = evaluate(self.state.model, self.corpus, self.plan, max_tokens=max_tokens, stop=stop)
+        self.costs.evaluation_cpu_s += time.process_time() - cpu_s
+        if result is None:
+            return None
         event = Evaluated(
-            step=state.progress.steps,
-            tokens=state.progress.tokens,
+            step=self.state.progress.steps,
+            tokens=self.state.progress.tokens,
             loss=result.loss,
             bits_per_byte=result.bits_per_byte,
             num_heldout_tokens=result.num_tokens,
@@ -256,87 +357,59 @@ class _Session:
         self.emit(event)
         return event
 
-    def _save(self, saver: Saver, state: TrainState) -> None:
-        saver.save(state.progress.steps, state.tensors(), state.facts())
-
-    def _finish_saving(self, saver: Saver) -> None:
-        for result in saver.wait():
-            self._report(result)
-
-    def _report(self, result: object) -> None:
-        if isinstance(result, Saved):
-            self.emit(
-                CheckpointSaved(
-                    step=result.step, path=str(result.path), num_bytes=result.num_bytes, seconds=result.seconds
-                )
-            )
-        else:
-            self.emit(CheckpointFailed(step=result.step, reason=result.reason))  # type: ignore[attr-defined]
-
-    def _write_sample(self, run: RunDirectory, config: RunConfig, corpus: Corpus, state: TrainState) -> None:
+    def write_sample(self) -> None:
         """A text of the model's own, from nothing but the mark that opens a document."""
-        sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=config.seed)
-        text = "".join(generate(state.model, corpus.tokenizer, "", sampling))
+        sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=self.config.seed)
+        text = "".join(generate(self.state.model, self.corpus.tokenizer, "", sampling))
         with contextlib.suppress(OSError):
-            run.sample_path.write_text(text + "\n", encoding="utf-8")
+            self.run.sample_path.write_text(text + "\n", encoding="utf-8")
 
-    def _summary(
-        self, run: RunDirectory, config: RunConfig, state: TrainState, heldout: Evaluated | None
-    ) -> Summary:
-        assert config.plan is not None
-        steps = [event for event in run.events() if isinstance(event, StepDone)]
+    def summary(self, heldout: Evaluated | None) -> Summary:
+        told, progress = history(self.run.events()), self.state.progress
+        steps = told.steps
         rate = statistics.median(step.tokens_per_s for step in steps) if steps else 0.0
-        flops = config.model.flops_per_token(config.batch.sequence_tokens)
+        flops = self.config.model.flops_per_token(self.config.batch.sequence_tokens)
+        compile_s = 0.0
+        if self.plan.compile and steps:
+            # The first step of a process is as much longer as compiling takes.
+            firsts = {start.first_step for start in told.starts}
+            typical_s = statistics.median(step.step_time_s for step in steps)
+            compile_s = sum(max(0.0, s.step_time_s - typical_s) for s in steps if s.step in firsts)
         return Summary(
-            run_dir=str(run.path),
-            steps=state.progress.steps,
-            tokens=state.progress.tokens,
-            num_params=config.model.num_params(),
-            wall_s=time.perf_counter() - self.started_s,
-            cpu_s=state.progress.cpu_seconds,
+            run_dir=str(self.run.path),
+            steps=progress.steps,
+            tokens=progress.tokens,
+            num_params=self.config.model.num_params(),
+            wall_s=time.perf_counter() - self.costs.started_s,
+            cpu_s=progress.cpu_seconds,
             tokens_per_s=rate,
-            mfu=rate * flops / config.plan.machine.matmul_flops[config.plan.dtype],
+            mfu=rate * flops / self.plan.machine.matmul_flops[self.plan.dtype],
             train_loss=smooth(step.loss for step in steps)[-1] if steps else None,
             heldout_bits_per_byte=None if heldout is None else heldout.bits_per_byte,
             peak_rss_bytes=peak_rss_bytes(),
-            predicted_memory_bytes=config.plan.estimate.memory.total_bytes,
-            preparation_cpu_s=self.preparation_cpu_s,
-            compile_s=self.compile_s,
-            evaluation_cpu_s=self.evaluation_cpu_s,
+            predicted_memory_bytes=self.plan.estimate.memory.total_bytes,
+            preparation_cpu_s=self.costs.preparation_cpu_s,
+            compile_s=compile_s,
+            evaluation_cpu_s=self.costs.evaluation_cpu_s,
         )
 
 
-def _due(every: object, last: RunProgress, now: RunProgress) -> bool:
-    from colossus.spec.duration import Duration
+class _Rhythm:
+    """What is due every so often of a run's progress, however long it was put off."""
 
-    assert isinstance(every, Duration)
-    return every.times_passed(now) > every.times_passed(last)
+    def __init__(self, every: Duration, now: RunProgress) -> None:
+        self._every = every
+        self._passed = every.times_passed(now)
+
+    def due(self, now: RunProgress) -> bool:
+        """Whether another span has passed since this last said so."""
+        before, self._passed = self._passed, self._every.times_passed(now)
+        return self._passed > before
 
 
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class _Interrupts:
-    """While entered, the first SIGINT or SIGTERM is only noted; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "_Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.seen:
-            os._exit(128 + number)
-        self.seen = True
+def _note_compiled(config: RunConfig) -> None:
+    """For the next plan: this model's kernels are in torch's cache now."""
+    marker = compile_marker(config)
+    with contextlib.suppress(OSError):
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()

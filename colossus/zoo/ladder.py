@@ -40,7 +40,9 @@ def ladder(rung: str) -> ModelSpec:
         context_tokens=size.context_tokens,
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
-        attention=AttentionSpec(num_heads=heads, num_kv_heads=heads, head_dim=64, qk_norm=True, score_scale=0.12),
+        attention=AttentionSpec(
+            num_heads=heads, num_kv_heads=heads, head_dim=64, qk_norm=True, score_scale=0.12
+        ),
         mlp=MlpSpec(intermediate_size=4 * size.hidden_size, activation="squared_relu"),
         norm=NormSpec(weighted=False),
         embedding_norm=True,
