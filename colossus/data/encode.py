@@ -20,7 +20,7 @@ from colossus.spec.data import Source
 
 BATCH_BYTES = 1 << 19
 """Text encoded at a time; the library takes some 200 bytes for each while it is on the way."""
-TRIM_BYTES = 8 << 20
+TRIM_BYTES = 2 << 20
 """How often the memory that encoding leaves scattered over its threads is handed back: a few ms each time."""
 
 

@@ -20,8 +20,8 @@ from colossus.data.storage import publish, temporary_name
 ENTRY = np.dtype([("key", "<u8"), ("offset", "<i8"), ("length", "<i8")])
 MAX_DOCUMENTS = 500_000
 """Bounds memory where documents are tiny."""
-MAX_DISTINCT_BYTES = 2_000_000
-"""Keeps the learner of a byte-level BPE at 250 to 350 MB, whatever the text."""
+MAX_DISTINCT_BYTES = 1_600_000
+"""Keeps the learner of a byte-level BPE at 200 to 350 MB, whatever the text."""
 LARGEST_KEY = 2**64 - 1
 WORDS = re.compile("[^0-9A-Za-z\r\n\x80-\U0010ffff]?[A-Za-z\x80-\U0010ffff]+|[!-/:-@\\[-`{-~]+")
 """About the pieces of `tokenizer.PIECES`; beyond ASCII, where words may be long, rather too much than too

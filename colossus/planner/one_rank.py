@@ -18,6 +18,8 @@ COMPILE_S = 40.0
 """What compiling costs the first time, and with kernels cached from an earlier run (measured, same place)."""
 COMPILE_CACHED_S = 5.0
 
+_ASKED_FOR = "asked for by the configuration's [fixed]"
+
 
 def plan_one_rank(config: RunConfig, machine: Machine) -> Plan:
     """The plan for `config` on one chip of `machine`, each choice with its reason.
@@ -26,7 +28,7 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> Plan:
     """
     model, batch = config.model, config.batch
     reasons: dict[str, str] = {}
-    dtype = _dtype(machine, reasons)
+    dtype = _dtype(config, machine, reasons)
     chunk = max(32, min(batch.tokens, LOGITS_IN_CACHE_BYTES // (4 * model.vocab_size)))
     reasons["loss_chunk_tokens"] = (
         f"{chunk} tokens × {model.vocab_size} logits × 4 bytes = {format_bytes(4 * chunk * model.vocab_size)}, "
@@ -53,10 +55,15 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> Plan:
     )
 
 
-def _dtype(machine: Machine, reasons: dict[str, str]) -> Dtype:
+def _dtype(config: RunConfig, machine: Machine, reasons: dict[str, str]) -> Dtype:
+    if config.fixed.dtype is not None:
+        reasons["dtype"] = _ASKED_FOR
+        return config.fixed.dtype
     fastest = max(machine.matmul_flops, key=lambda dtype: machine.matmul_flops[dtype])
     rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in machine.matmul_flops.items())
-    reasons["dtype"] = f"{fastest} matmuls are the fastest here (measured GFLOP/s: {rates}); weights stay float32"
+    reasons["dtype"] = (
+        f"{fastest} matmuls are the fastest here (measured GFLOP/s: {rates}); weights stay float32"
+    )
     return fastest
 
 
@@ -66,26 +73,32 @@ def _micro_batch(
     """The largest divisor of the batch that fits."""
     limit = MEMORY_TO_USE * machine.memory_bytes
     sequences = config.batch.sequences
-    for micro_batch in sorted((n for n in range(1, sequences + 1) if sequences % n == 0), reverse=True):
+    fixed = config.fixed.micro_batch_sequences
+    divisors = [n for n in range(sequences, 0, -1) if sequences % n == 0]
+    for micro_batch in divisors if fixed is None else [fixed]:
         needed = step_memory(config, machine, dtype, micro_batch, chunk).total_bytes
         if needed <= limit:
             reasons["micro_batch_sequences"] = (
-                f"{micro_batch} of {sequences} at once need {format_bytes(needed)} of "
-                f"{format_bytes(machine.memory_bytes)}"
+                f"{'' if fixed is None else 'asked for; '}{micro_batch} of {sequences} at once need "
+                f"{format_bytes(needed)} of {format_bytes(machine.memory_bytes)}"
             )
             return micro_batch
-    memory = step_memory(config, machine, dtype, 1, chunk)
+    smallest = fixed or 1
+    memory = step_memory(config, machine, dtype, smallest, chunk)
     parts = ", ".join(
         f"{name.removesuffix('_bytes')} {format_bytes(size)}" for name, size in memory.model_dump().items()
     )
     raise ConfigError(
-        f"{config.model.name} does not fit this machine: one sequence of {config.batch.sequence_tokens} tokens needs "
-        f"{format_bytes(memory.total_bytes)} of {format_bytes(machine.memory_bytes)} ({parts}); take a smaller model "
+        f"{config.model.name} does not fit this machine: a micro-batch of {smallest} × "
+        f"{config.batch.sequence_tokens} tokens needs {format_bytes(memory.total_bytes)} of {format_bytes(machine.memory_bytes)} ({parts}); take a smaller model "
         f"or shorter sequences"
     )
 
 
 def _compile(config: RunConfig, machine: Machine, step_time_s: float, reasons: dict[str, str]) -> bool:
+    if config.fixed.compile is not None:
+        reasons["compile"] = _ASKED_FOR
+        return config.fixed.compile
     budget = config.budget
     length_s = budget.amount if budget.on_the_clock else (config.total_steps() or 0) * step_time_s
     cost_s = COMPILE_CACHED_S if machine.compiled_before else COMPILE_S
@@ -147,4 +160,8 @@ def activation_bytes(model: ModelSpec, num_sequences: int, sequence_tokens: int,
     per_token = 4 * hidden + (norms + rotated) * (query + kv) + kv + 2 * query + inner * mlp.intermediate_size
     scores = attention.num_heads * sequence_tokens  # the probabilities of explicit attention
     mask = tokens * sequence_tokens
-    return model.num_layers * tokens * (per_token + scores) * element + mask + tokens * hidden * (4 + 2 * element)
+    return (
+        model.num_layers * tokens * (per_token + scores) * element
+        + mask
+        + tokens * hidden * (4 + 2 * element)
+    )

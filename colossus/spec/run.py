@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from colossus.spec.base import Frozen
 from colossus.spec.data import DataConfig
 from colossus.spec.duration import Duration
-from colossus.spec.model import ModelSpec, Positive
+from colossus.spec.model import Dtype, ModelSpec, Positive
 from colossus.spec.plan import Plan
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -92,6 +92,15 @@ class Evaluation(Frozen):
     """Held-out tokens looked at in the course of the run; None: all. The closing figure is over all."""
 
 
+class Fixed(Frozen):
+    """What the planner is not to choose. None: it chooses, and says why."""
+
+    dtype: Dtype | None = None
+    compile: bool | None = None
+    micro_batch_sequences: Positive | None = None
+    """A divisor of `batch.sequences`."""
+
+
 class RunConfig(Frozen):
     """Everything that decides a run. Two runs with equal configs on one machine are equal bit for bit, save
     that a budget of time ends where the clock says."""
@@ -112,6 +121,7 @@ class RunConfig(Frozen):
     """Steps in a row whose loss or gradient may be non-finite before the run stops."""
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
+    fixed: Fixed = Fixed()
     plan: Plan | None = None
     """How it runs on the machine; None in what people write: the planner fills it in."""
 
@@ -127,6 +137,12 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"data.tokenizer.vocab_size is {tokenizer.vocab_size}, but model.vocab_size is "
                 f"{self.model.vocab_size}; the model needs a row for every token"
+            )
+        micro_batch = self.fixed.micro_batch_sequences
+        if micro_batch is not None and self.batch.sequences % micro_batch:
+            raise ValueError(
+                f"fixed.micro_batch_sequences is {micro_batch}, which does not divide batch.sequences, "
+                f"{self.batch.sequences}"
             )
         if self.plan is not None:
             planned = (self.plan.global_batch_sequences, self.plan.sequence_tokens)

@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from colossus.models import build, chunked_cross_entropy
+from colossus.optim import build_optimizers, gradient_norm
 from colossus.spec.base import fingerprint
-from colossus.spec.model import Dtype
+from colossus.spec.model import AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramSpec, RecallSpec
 from colossus.spec.plan import Float32Library, Machine
-from colossus.spec.run import RunConfig
-from colossus.trainer.precision import float32_libraries, use_float32_library
+from colossus.spec.run import Muon, RunConfig
+from colossus.trainer.precision import DTYPES, float32_libraries, use_float32_library
 
 
 def usable_cores() -> int:
@@ -67,13 +69,15 @@ def device_kind() -> str:
 
 
 def measure_machine(config: RunConfig) -> Machine:
-    """What the planner needs to know; takes about half a second."""
+    """What the planner needs to know; takes about half a second beside what training has to load anyway."""
     kind = device_kind()
     library, float32_flops = fastest_float32(kind)
     rates: dict[Dtype, float] = {
         "float32": float32_flops,
         "bfloat16": matmul_flops(torch.bfloat16, kind),
     }
+    rehearse(kind)
+    release_memory()
     return Machine(
         chip=torch.cuda.get_device_name() if kind == "cuda" else cpu_name(),
         kind=kind,
@@ -84,6 +88,34 @@ def measure_machine(config: RunConfig) -> Machine:
         float32_library=library,
         compiled_before=compile_marker(config).exists(),
     )
+
+
+def rehearse(kind: str) -> None:
+    """One step of a model of next to nothing: loads the code that any step runs, so that its memory can be seen.
+
+    Torch imports its compiler when the first optimizer is made, and the pages of its libraries come in as they are
+    first used: some 100 MB together, which belong to no model.
+    """
+    spec = ModelSpec(
+        name="rehearsal",
+        vocab_size=64,
+        context_tokens=32,
+        num_layers=1,
+        hidden_size=32,
+        attention=AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=16, qk_norm=True),
+        mlp=MlpSpec(intermediate_size=64, activation="squared_relu"),
+        ngrams=NgramSpec(num_rows=64),
+        recall=RecallSpec(),
+    )
+    model = build(spec, seed=0, device=kind)
+    optimizers = build_optimizers(model, spec, Muon())
+    tokens = torch.zeros(2, 32, dtype=torch.long, device=kind)
+    for dtype in DTYPES.values():
+        hidden = model(tokens, dtype=dtype).flatten(0, 1)
+        chunked_cross_entropy(hidden, model.head_weight, tokens.flatten(), chunk_tokens=64)[0].backward()
+        gradient_norm(model)
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def fastest_float32(kind: str) -> tuple[Float32Library, float]:
@@ -99,19 +131,29 @@ def fastest_float32(kind: str) -> tuple[Float32Library, float]:
 
 
 def matmul_flops(dtype: torch.dtype, kind: str, seconds: float = 0.1) -> float:
-    """FLOP/s of a square matmul: the best of as many as fit into `seconds`, three at the least."""
+    """FLOP/s of a square matmul: the best of as many as fit into `seconds`, three at the least.
+
+    On a CPU it is timed by the CPU time of its threads, so that what else runs on the machine does not lower the peak.
+    """
     size = 8192 if kind == "cuda" else 768
-    a, b = torch.randn(size, size, dtype=dtype, device=kind), torch.randn(size, size, dtype=dtype, device=kind)
-    times: list[float] = []
-    a @ b
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
+    a, b = (torch.randn(size, size, dtype=dtype, device=kind) for _ in range(2))
+    num_threads = torch.get_num_threads()
+
+    def timed() -> float:
         if kind == "cuda":
             torch.cuda.synchronize()
-        started = time.perf_counter()
+            started = time.perf_counter()
+            a @ b
+            torch.cuda.synchronize()
+            return time.perf_counter() - started
+        started = time.process_time()
         a @ b
-        if kind == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        return (time.process_time() - started) / num_threads
+
+    timed()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
+        times.append(timed())
     return 2 * size**3 / min(times)
 
 
