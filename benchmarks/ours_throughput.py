@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from colossus.events import StepDone, read_events
@@ -67,7 +68,7 @@ def main() -> None:
 
         plan = RunDirectory(run).config().plan
     assert plan is not None
-    cpu_s = [b.cpu_seconds - a.cpu_seconds for a, b in zip(steps[:-1], steps[1:], strict=True)][WARM_UP_STEPS:]
+    cpu_s = [b.cpu_seconds - a.cpu_seconds for a, b in pairwise(steps)][WARM_UP_STEPS:]
     rates = [plan.step_tokens / seconds for seconds in cpu_s]
     rate = statistics.median(rates)
     peak = plan.machine.matmul_flops[args.dtype]

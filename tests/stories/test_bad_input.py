@@ -25,8 +25,8 @@ TEXTS = {
     "not UTF-8": "der Käse".encode("latin-1") * 500,
 }
 SAID = {
-    "empty": "no document",
-    "binary": "is not text",
+    "empty": "has no text (passed over: empty 1",
+    "binary": "byte 128 is not UTF-8",
     "too short": "is too small: it has",
     "not UTF-8": "UTF-8",
 }

@@ -30,7 +30,7 @@ def test_steps_and_tokens_end_exactly(option: tuple[str, str], num_steps: int, t
 
 @pytest.mark.parametrize(
     ("option", "unit", "length_s"),
-    [(("--minutes", "0.025"), "seconds", 1.5), (("--cpu-seconds", "9"), "cpu_seconds", 9.0)],
+    [(("--minutes", "0.025"), "seconds", 1.5), (("--cpu-seconds", "4"), "cpu_seconds", 4.0)],
 )
 def test_time_ends_when_it_is_up(option: tuple[str, str], unit: str, length_s: float, tmp_path: Path) -> None:
     path = recipe(tmp_path, "checkpoints.every=1 hours", "evaluation.every=1 hours")

@@ -62,8 +62,15 @@ class Disaster:
         self.what(self.when)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("model", "optimizer"), [("plain", "adamw"), ("sparse", "muon")])
+@pytest.mark.parametrize(
+    ("model", "optimizer", "dtype"),
+    [
+        ("plain", "adamw", "float32"),
+        ("sparse", "muon", "bfloat16"),
+        pytest.param("plain", "adamw", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("sparse", "muon", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_any_instant_it_ends_as_one_that_never_was(
     model: str, optimizer: str, dtype: Dtype, tmp_path: Path
 ) -> None:
@@ -87,6 +94,7 @@ def test_killed_at_any_instant_it_ends_as_one_that_never_was(
     assert not list(run.checkpoints_path.glob(".*"))  # no leftovers of the dead
 
 
+@pytest.mark.slow
 def test_killed_from_outside(tmp_path: Path) -> None:
     """The same with a clock for an assassin, on a run long enough to be met anywhere."""
     settings = ["budget=150 steps", "checkpoints.every=2 steps", "evaluation.every=50 steps"]
@@ -111,7 +119,7 @@ def test_killed_from_outside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_saves_and_goes_on_later(number: signal.Signals, tmp_path: Path) -> None:
-    settings = ["budget=100 steps", "checkpoints.every=1000 steps", "evaluation.every=1000 steps"]
+    settings = ["budget=60 steps", "checkpoints.every=1000 steps", "evaluation.every=1000 steps"]
     path = in_dtype(recipe(tmp_path, *settings), "float32")
     runs = str(tmp_path / "runs")
     colossus("train", path, "--runs", runs, "--name", "whole")
@@ -128,7 +136,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(number: signal.Signals, tmp_pa
     assert run.state() == "interrupted"
     colossus("train", "--resume", str(run.path))
     same_course(RunDirectory.open("whole-001", runs), run)
-    assert steps_done(run) == 100  # and none of them twice
+    assert steps_done(run) == 60  # and none of them twice
 
 
 def slow_disk() -> None:
