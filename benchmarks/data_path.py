@@ -165,7 +165,7 @@ def report(
     verified = time.monotonic() - began
     record = corpus.manifest.sources[0]
     small, large = read_times(corpus, 32, 256, 500), read_times(corpus, 256, 2048, 50)
-    windows = heldout_windows(corpus, 1024, max_tokens=1_000_000)
+    windows = heldout_windows(corpus, 1024)
     rows = [
         ("text", f"{gathered[0] / 1e6:,.0f} MB in {gathered[1]:,} documents ({gathered[2]} rotations)"),
         ("peak resident memory", f"{peak / 1e6:,.0f} MB"),

@@ -249,7 +249,10 @@ class Bench:
         )
         if outcome.returncode or not outcome.stdout.strip():
             raise BenchmarkError(f"{peer.title} failed with {job}:\n{outcome.stderr[-2000:]}")
-        return json.loads(outcome.stdout.strip().splitlines()[-1])
+        result = json.loads(outcome.stdout.strip().splitlines()[-1])
+        for part in ("train", "heldout"):  # the folder is of no interest to a reader
+            result["job"][part] = Path(result["job"][part]).name
+        return result
 
     def remembered(self, peer: Peer, what: str, settings: Settings) -> tuple[str, dict[str, Any] | None]:
         """The key of a measurement and its result, where it was made before."""
@@ -508,6 +511,11 @@ def tune_peers(bench: Bench, args: argparse.Namespace) -> None:
         say(f"{name}: best is {short(found['settings'])}")
 
 
+def settings_text(settings: Settings) -> str:
+    """A run's settings without its seed."""
+    return short({name: value for name, value in settings.items() if name != "seed"})
+
+
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, range and the values themselves."""
     return {
@@ -607,15 +615,59 @@ def measure_ours(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             result = parse_last_object(outcome.stdout)
         if "heldout_bits_per_byte" not in result:
             raise BenchmarkError(f"our own run printed no heldout_bits_per_byte: {result}")
+        result["bpb"] = heldout_bits(bench, args.ours_python, Path(result["run_dir"]))
         runs.append(result)
-        say(f"  ours: {result['heldout_bits_per_byte']:.3f} bpb in {result['cpu_s']:.1f} CPU-s")
+        say(f"  ours: {result['bpb']:.3f} bpb in {result['cpu_s']:.1f} CPU-s")
     return {
         "command": args.ours_command,
         "budget_cpu_s": args.ours_budget,
-        "bpb": spread([run["heldout_bits_per_byte"] for run in runs]),
+        "bpb": spread([run["bpb"] for run in runs]),
         "train_cpu_s": spread([run["cpu_s"] for run in runs]),
         "runs": runs,
     }
+
+
+def our_script(bench: Bench, python: str, name: str, *words: Any) -> dict[str, Any]:
+    """The JSON object one of our own benchmark scripts prints, run by the interpreter that has our package."""
+    outcome = subprocess.run(
+        bench.pinned([python, HERE / name, *words]),
+        env=bench.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if outcome.returncode:
+        raise BenchmarkError(f"{name} failed ({outcome.returncode}):\n{outcome.stderr[-2000:]}")
+    return json.loads(outcome.stdout.strip().splitlines()[-1])
+
+
+def heldout_bits(bench: Bench, python: str, run: Path) -> float:
+    """Bits per byte of our run on the very documents the peers are measured on, outside its counted time."""
+    if not run.is_dir():
+        raise BenchmarkError(f"our run left no folder {run} to evaluate")
+    return our_script(bench, python, "heldout_bits.py", run, bench.text / "heldout.jsonl")["bpb"]
+
+
+def our_throughput(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
+    """Our own steady throughput on the common model, in the fields of the peers' figures."""
+    modes: dict[str, Any] = {}
+    for precision, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        for compiled in (False, True):
+            label = f"{precision} {'compiled' if compiled else 'eager'}"
+            words = ["--dtype", dtype, *([] if compiled else ["--eager"])]
+            try:
+                result = our_script(bench, args.ours_python, "ours_throughput.py", *words)
+            except BenchmarkError as error:
+                say(f"  left out: {str(error)[-600:]}")
+                modes[label] = {"failed": str(error).splitlines()[0]}
+                continue
+            say(f"  ours {label}: {result['tokens_per_cpu_s']:.0f} tokens/CPU-s")
+            modes[label] = result | {
+                "steady_tokens_per_cpu_s": result["tokens_per_cpu_s"],
+                "flops_6n": result["six_n_share_of_peak"] * result["peak_flops"],
+                "mfu_of_own_precision_peak": result["six_n_share_of_peak"],
+            }
+    return modes
 
 
 def parse_last_object(text: str) -> dict[str, Any]:
@@ -654,7 +706,7 @@ def render(results: dict[str, Any]) -> str:
         rows.append(
             f"| {PEERS[name].title} | {ranged(entry['bpb'])} | {entry['train_cpu_s']['median']:.1f} | "
             f"{run['tokens'] / 1e3:.0f}k | {run['params'] / 1e6:.2f} M | "
-            f"{run['steady_tokens_per_cpu_s']:.0f} | {short(entry['settings'])} | {len(entry['runs'])} |"
+            f"{run['steady_tokens_per_cpu_s']:.0f} | {settings_text(entry['settings'])} | {len(entry['runs'])} |"
         )
     if ours := results.get("ours"):
         run = ours["runs"][0]
@@ -712,23 +764,29 @@ def throughput_lines(throughput: dict[str, Any]) -> list[str]:
     for name, modes in throughput.items():
         for label, r in modes.items():
             if "failed" in r:
-                lines.append(table_row([PEERS[name].title, label, "failed", "", "", "", ""]))
+                lines.append(table_row([title_of(name), label, "failed", "", "", "", ""]))
                 continue
-            peak = r["matmul_peak_flops"][r["job"]["precision"]]
+            peak = r["peak_flops"] if name == "ours" else r["matmul_peak_flops"][r["job"]["precision"]]
+            begun = r.get("first_step_at_cpu_s")
             lines.append(
                 table_row(
                     [
-                        PEERS[name].title,
+                        title_of(name),
                         label,
                         f"{r['steady_tokens_per_cpu_s']:.0f}",
                         f"{r['flops_6n'] / 1e9:.1f}",
                         f"{peak / 1e9:.0f}",
                         f"{r['mfu_of_own_precision_peak']:.1%}",
-                        f"{r['first_step_at_cpu_s']:.1f}",
+                        "" if begun is None else f"{begun:.1f}",
                     ]
                 )
             )
     return [*lines, ""]
+
+
+def title_of(name: str) -> str:
+    """A competitor's name in the report."""
+    return "Colossus" if name == "ours" else PEERS[name].title
 
 
 def table_row(cells: list[str]) -> str:
@@ -749,13 +807,18 @@ def notes(results: dict[str, Any]) -> list[str]:
         if off > TOLERANCE:
             found.append(f"{PEERS[name].title}: a run landed {off:.0%} off its CPU budget.")
     for name, modes in results.get("throughput", {}).items():
-        found += [f"{PEERS[name].title}, {mode}: {r['failed']}" for mode, r in modes.items() if "failed" in r]
+        found += [f"{title_of(name)}, {mode}: {r['failed']}" for mode, r in modes.items() if "failed" in r]
     load = results["machine"]["load_average"]
     if load and load[0] > 1.5:
         found.append(f"The machine was shared while this ran (load {load[0]:.1f}): CPU time carries noise.")
+    if results.get("peers"):
+        found.append(
+            "A busy neighbour slows a core's CPU seconds too: a run's steps are fixed beforehand, so it may land "
+            "off its budget. The CPU-s column says where it landed."
+        )
     if "ours" in results:
         found.append(
-            "Colossus reports its own held-out figure; window and document borders may differ a little."
+            "Colossus's tokenizer and shape are its own; its figure is over the same held-out documents."
         )
     found.append("The seeds are few; the ranges are of those seeds, no confidence intervals.")
     return found
@@ -808,6 +871,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--seeds", type=int, default=2, help="runs per final figure")
     top.add_argument("--colossus", default="colossus", help="our command")
+    top.add_argument(
+        "--ours-python", default=sys.executable, help="interpreter that has our package (default: this one)"
+    )
+    top.add_argument("--no-ours", action="store_true", help="throughput of the peers only")
     top.add_argument("--ours-budget", type=float, default=25.0, help="CPU seconds of our run")
     top.add_argument(
         "--ours-command",
@@ -835,7 +902,7 @@ def main() -> int:
             results |= {
                 "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
                 "machine": machine(),
-                "command": shlex.join(["python", *sys.argv]),
+                "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
             }
         if args.part in ("peers", "all"):
             if args.tune:
@@ -843,6 +910,8 @@ def main() -> int:
             results["peers"] = results.get("peers", {}) | measure_peers(bench, args)
         if args.part in ("throughput", "all"):
             results["throughput"] = results.get("throughput", {}) | measure_throughput(bench, args)
+            if not args.no_ours:
+                results["throughput"]["ours"] = our_throughput(bench, args)
         if args.part in ("ours", "all"):
             results["ours"] = measure_ours(bench, args)
         if "machine" not in results:

@@ -3,7 +3,7 @@
 corpus = prepare(DataConfig(sources=(Source(path="stdlib"),)), Path("corpus"))
 reader = BatchReader(corpus, seed=0, context_tokens=256, global_batch_sequences=32)
 batch = reader.read(step=0)             # tokens, targets, documents: [32, 256]
-held_out = heldout_windows(corpus, context_tokens=256, max_tokens=100_000)
+held_out = heldout_windows(corpus, context_tokens=256)
 """
 
 from colossus.data.batches import IGNORED, Batch, BatchReader

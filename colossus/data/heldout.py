@@ -7,7 +7,6 @@ import numpy.typing as npt
 
 from colossus.data.batches import IGNORED, Batch, document_indices
 from colossus.data.corpus import Corpus
-from colossus.data.order import mix
 from colossus.errors import DataError
 
 Segments = npt.NDArray[np.int64]
@@ -28,9 +27,7 @@ class HeldOutWindows:
         num_documents: covered documents.
     """
 
-    def __init__(
-        self, corpus: Corpus, context_tokens: int, max_tokens: int | None = None, source: int | None = None
-    ) -> None:
+    def __init__(self, corpus: Corpus, context_tokens: int, source: int | None = None) -> None:
         """See `heldout_windows`."""
         indices = range(len(corpus.manifest.sources)) if source is None else (source,)
         self._streams = {index: corpus.heldout_stream(index) for index in indices}
@@ -46,8 +43,6 @@ class HeldOutWindows:
                 f"{corpus.manifest.config.heldout_fraction:g}, chosen by hash); raise the fraction "
                 "or add documents"
             )
-        if max_tokens is not None:
-            table = table[_spread(table[:, 2], max_tokens)]
         self.num_documents = len(table)
         self.num_tokens = int(table[:, 2].sum())
         self.num_bytes = int(table[:, 3].sum())
@@ -93,37 +88,18 @@ class HeldOutWindows:
             segment += 1
 
 
-def heldout_windows(
-    corpus: Corpus, context_tokens: int, max_tokens: int | None = None, source: int | None = None
-) -> HeldOutWindows:
+def heldout_windows(corpus: Corpus, context_tokens: int, source: int | None = None) -> HeldOutWindows:
     """The held-out documents of a corpus, or of one source of it, as windows of `context_tokens`.
 
-    With `max_tokens`, a fixed subset of whole documents from all over: in an order scrambled once and for
-    all, each document that still fits is taken (the smallest one if none does). Raises DataError when nothing
-    is held out.
+    Raises DataError when nothing is held out.
     """
-    return HeldOutWindows(corpus, context_tokens, max_tokens, source)
+    return HeldOutWindows(corpus, context_tokens, source)
 
 
 def _documents(source: int, ends: Segments) -> Segments:
     """[documents, 4]: source, first token, tokens, bytes."""
     sizes = np.diff(ends, axis=0)
     return np.column_stack([np.full(len(sizes), source), ends[:-1, 0], sizes])
-
-
-def _spread(tokens: npt.NDArray[np.int64], max_tokens: int) -> npt.NDArray[np.int64]:
-    """Indices, ascending, of documents that together have at most `max_tokens`; one at the least."""
-    scrambled = np.argsort(mix(np.arange(1, len(tokens) + 1, dtype=np.uint64)), kind="stable")
-    chosen: list[int] = []
-    left = max_tokens
-    smallest = int(tokens.min())
-    for index, size in zip(scrambled.tolist(), tokens[scrambled].tolist(), strict=True):
-        if size <= left:
-            chosen.append(index)
-            left -= size
-        if left < smallest:
-            break
-    return np.sort(np.array(chosen or [int(tokens.argmin())], np.int64))
 
 
 def _joined(table: Segments) -> Segments:

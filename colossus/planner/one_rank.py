@@ -1,9 +1,10 @@
 """The plan for one rank: a whole model on one chip."""
 
 from colossus.errors import ConfigError
-from colossus.spec.model import BYTES_PER_ELEMENT, Dtype, ModelSpec
-from colossus.spec.plan import Estimate, Layout, Machine, Memory, Plan
-from colossus.spec.run import AdamW, RunConfig
+from colossus.planner.memory import step_memory
+from colossus.spec.model import Dtype
+from colossus.spec.plan import Estimate, Layout, Machine, Plan
+from colossus.spec.run import RunConfig
 from colossus.units import format_bytes, format_seconds
 
 LOGITS_IN_CACHE_BYTES = 2 * 2**20
@@ -109,59 +110,3 @@ def _compile(config: RunConfig, machine: Machine, step_time_s: float, reasons: d
         f"{COMPILE_GAIN:.0%} of {format_seconds(length_s)}: {'it pays' if pays else 'it does not clearly pay'}"
     )
     return pays
-
-
-def step_memory(config: RunConfig, machine: Machine, dtype: Dtype, micro_batch: int, chunk: int) -> Memory:
-    """What one rank holds at the peak of a step: at the start of the backward pass, before activations are freed."""
-    model = config.model
-    roles: dict[str, int] = {}
-    for parameter in model.parameters():
-        roles[parameter.role] = roles.get(parameter.role, 0) + parameter.num_elements
-    sparse = roles.pop("sparse_embedding", 0)
-    dense = sum(roles.values())
-    matrices = roles.get("matrix", 0)
-    tokens = micro_batch * config.batch.sequence_tokens
-    orders = len(model.ngrams.orders) if model.ngrams is not None else 0
-    # A sparse gradient has a row for each lookup, twice while it is sorted; row-wise Adagrad keeps a number per row.
-    sparse_rows = orders * tokens
-    if isinstance(config.optimizer, AdamW):
-        optimizer = 8 * dense  # two float32 moments
-    else:
-        optimizer = 8 * (dense - matrices) + 4 * matrices  # Muon keeps momentum alone
-    return Memory(
-        baseline_bytes=machine.baseline_bytes,
-        weight_bytes=4 * (dense + sparse),
-        gradient_bytes=4 * dense + 2 * 4 * sparse_rows * model.hidden_size,
-        optimizer_bytes=optimizer + (4 * sparse // model.hidden_size if sparse else 0),
-        activation_bytes=activation_bytes(model, micro_batch, config.batch.sequence_tokens, dtype),
-        loss_bytes=_loss_bytes(model, tokens, chunk, dtype),
-    )
-
-
-def _loss_bytes(model: ModelSpec, tokens: int, chunk: int, dtype: Dtype) -> int:
-    """The head cast to `dtype` and its float32 gradient, a chunk's logits and probabilities, the hidden gradient."""
-    element = BYTES_PER_ELEMENT[dtype]
-    head = model.vocab_size * model.hidden_size * (4 + (element if dtype != "float32" else 0))
-    return head + chunk * model.vocab_size * (4 + 2 * element) + tokens * model.hidden_size * element
-
-
-def activation_bytes(model: ModelSpec, num_sequences: int, sequence_tokens: int, dtype: Dtype) -> int:
-    """Bytes that the forward pass keeps for the backward pass, per micro-batch; the parts are those of models/."""
-    element = BYTES_PER_ELEMENT[dtype]
-    tokens = num_sequences * sequence_tokens
-    hidden, attention, mlp = model.hidden_size, model.attention, model.mlp
-    query = attention.num_heads * attention.head_dim
-    kv = attention.num_kv_heads * attention.head_dim
-    # Per token and layer, in elements: two residual sums and two norms; queries and keys before and after the norm
-    # and the rotation; values; what attention mixed; the feed-forward network's inner tensors.
-    norms = 2 if attention.qk_norm else 1
-    rotated = 1 if attention.rope is not None else 0
-    inner = 3 if mlp.gated else 2
-    per_token = 4 * hidden + (norms + rotated) * (query + kv) + kv + 2 * query + inner * mlp.intermediate_size
-    scores = attention.num_heads * sequence_tokens  # the probabilities of explicit attention
-    mask = tokens * sequence_tokens
-    return (
-        model.num_layers * tokens * (per_token + scores) * element
-        + mask
-        + tokens * hidden * (4 + 2 * element)
-    )

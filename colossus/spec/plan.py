@@ -50,7 +50,7 @@ class Machine(Frozen):
 
 
 class Memory(Frozen):
-    """Bytes that one rank holds at the peak of a step, by what holds them."""
+    """Bytes that one rank's process holds at its peak, by what holds them."""
 
     baseline_bytes: int
     weight_bytes: int
@@ -58,6 +58,12 @@ class Memory(Frozen):
     optimizer_bytes: int
     activation_bytes: int
     loss_bytes: int
+    workspace_bytes: int = 0
+    """What arithmetic needs for itself: a layer's backward pass, the optimizer, the libraries."""
+    fragmentation_bytes: int = 0
+    """What the allocator holds and cannot use."""
+    checkpoint_bytes: int = 0
+    """The copy of the state that is written while training goes on."""
 
     @property
     def total_bytes(self) -> int:

@@ -121,33 +121,6 @@ def test_heldout_targets_come_once_each(two_source_corpus: Corpus, context: int)
     assert len(text.encode()) == windows.num_bytes
 
 
-def test_a_bounded_heldout_set_is_whole_documents_from_all_over(two_source_corpus: Corpus) -> None:
-    corpus = two_source_corpus
-    windows = heldout_windows(corpus, 32, max_tokens=corpus.heldout_tokens // 2)
-    assert corpus.heldout_tokens // 4 < windows.num_tokens <= corpus.heldout_tokens // 2
-    batch = windows.read(0, windows.num_windows)
-    flat = batch.tokens.ravel()[: windows.num_tokens]
-    assert (flat == corpus.end_of_document).sum() == windows.num_documents
-    text = corpus.tokenizer.decode(flat[flat != corpus.end_of_document])
-    assert len(text.encode()) == windows.num_bytes
-    # Both halves of the held-out documents are drawn from.
-    all_text = {t: n for n, t in enumerate(split_documents(corpus, None))}
-    places = [all_text[t] for t in split_documents(corpus, corpus.heldout_tokens // 2)]
-    assert places == sorted(places)
-    assert min(places) < len(all_text) / 4
-    assert max(places) > len(all_text) * 3 / 4
-    again = heldout_windows(corpus, 32, max_tokens=corpus.heldout_tokens // 2)
-    assert np.array_equal(again.read(0, 2).tokens, windows.read(0, 2).tokens)
-    assert heldout_windows(corpus, 32, max_tokens=1).num_documents == 1
-
-
-def split_documents(corpus: Corpus, max_tokens: int | None) -> list[str]:
-    windows = heldout_windows(corpus, 32, max_tokens)
-    flat = windows.read(0, windows.num_windows).tokens.ravel()[: windows.num_tokens]
-    starts = np.flatnonzero(flat == corpus.end_of_document)
-    return [corpus.tokenizer.decode(part[1:]) for part in np.split(flat, starts)[1:]]
-
-
 def test_heldout_of_one_source(two_source_corpus: Corpus) -> None:
     parts = [heldout_windows(two_source_corpus, 32, source=source) for source in (0, 1)]
     assert sum(part.num_bytes for part in parts) == two_source_corpus.heldout_bytes
