@@ -156,7 +156,7 @@ def evaluate(logits_of: Callable[[Any], Any], job: Job) -> dict[str, float]:
     """
     import numpy as np
     import torch
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F
 
     ids = torch.from_numpy(np.load(job.heldout).astype(np.int64))
     inputs, targets = ids[:-1], ids[1:]

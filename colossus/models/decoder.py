@@ -9,7 +9,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colossus.models.attention import Attention, LayerCache, attention_mask

@@ -7,7 +7,7 @@ float32 and in bfloat16, and gradients arrive in float32.
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colossus.spec.model import MlpSpec, NormSpec, RopeSpec

@@ -19,7 +19,7 @@ LIBRARY_BYTES = 20 * 2**20
 """Scratch memory that the matmul libraries take at their first large product and keep (measured)."""
 SAVING_BYTES = 8 * 2**20
 """The buffer through which a checkpoint is written."""
-FRAGMENTATION = 0.4
+FRAGMENTATION = 0.45
 """What the allocator cannot use again of the memory that comes and goes, because other blocks lie in between: glibc
 took 30 to 50 % more than was in use on the CPU (measured, benchmarks/memory.md)."""
 

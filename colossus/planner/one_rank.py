@@ -91,8 +91,9 @@ def _micro_batch(
     )
     raise ConfigError(
         f"{config.model.name} does not fit this machine: a micro-batch of {smallest} × "
-        f"{config.batch.sequence_tokens} tokens needs {format_bytes(memory.total_bytes)} of {format_bytes(machine.memory_bytes)} ({parts}); take a smaller model "
-        f"or shorter sequences"
+        f"{config.batch.sequence_tokens} tokens needs {format_bytes(memory.total_bytes)}, and a plan may fill "
+        f"{format_bytes(limit)} of {format_bytes(machine.memory_bytes)} ({parts}); take a smaller model or shorter "
+        f"sequences"
     )
 
 

@@ -359,6 +359,8 @@ class _Session:
 
     def write_sample(self) -> None:
         """A text of the model's own, from nothing but the mark that opens a document."""
+        # Each token's attention has a shape of its own, and oneDNN would keep a kernel for each: 180 MB in all.
+        use_float32_library("default")
         sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=SAMPLE_TOKENS, seed=self.config.seed)
         text = "".join(generate(self.state.model, self.corpus.tokenizer, "", sampling))
         with contextlib.suppress(OSError):

@@ -169,7 +169,7 @@ def test_resume_takes_no_other_configuration(
     run = new_run(tmp_path)
     assert run_main(monkeypatch, "train", "--resume", "a-001", "--runs", str(tmp_path), "--seed", "3") == 2
     assert (
-        f"takes no seed=3; to start a new run like it: colossus train {run.config_path}"
+        f"takes no seed=3, only another budget; to start a new run like it: colossus train {run.config_path}"
         in capsys.readouterr().err
     )
 

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from colossus.errors import TrainingDiverged
 from colossus.events import StepDone, StepSkipped

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from colossus.data import IGNORED
