@@ -10,10 +10,8 @@ import pytest
 import colossus
 
 TORCH_SIDE = {"checkpoint", "data", "generate", "models", "optim", "trainer"}
-PACKAGES = sorted(
-    {module.name for module in pkgutil.iter_modules(colossus.__path__, "colossus.")}
-    - {f"colossus.{name}" for name in TORCH_SIDE}
-) + ["recipes"]  # fmt: skip
+LEFT = {module.name for module in pkgutil.iter_modules(colossus.__path__)} - TORCH_SIDE
+PACKAGES = [*(f"colossus.{name}" for name in sorted(LEFT)), "recipes"]
 
 
 def modules(package: str) -> list[str]:
