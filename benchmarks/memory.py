@@ -81,7 +81,9 @@ CONFIGURATIONS = [
     configuration("micro-batches", 6, 256, 2048, 16, 256, "float32", AdamW(), micro_batch=4),
     configuration("long", 4, 256, 2048, 2, 1024, "bfloat16", AdamW(), kv_heads=2),
     configuration("wide", 2, 768, 8192, 4, 128, "float32", Muon()),
-    configuration("wide-bf16", 4, 512, 8192, 2, 128, "bfloat16", Muon(), activation="squared_relu", tables=True),
+    configuration(
+        "wide-bf16", 4, 512, 8192, 2, 128, "bfloat16", Muon(), activation="squared_relu", tables=True
+    ),
 ]
 
 

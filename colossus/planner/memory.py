@@ -114,7 +114,8 @@ def _optimizer_work_bytes(config: RunConfig, dtype: Dtype) -> int:
     for (rows, columns), count in counts.items():
         updates = 4 * count * rows * columns
         iterates, grams = 2 * element * count * rows * columns, 2 * element * count * min(rows, columns) ** 2
-        work = max(work, updates + max(updates, iterates + grams))  # the updates are made one by one, then stacked
+        # The updates are made one by one, then stacked.
+        work = max(work, updates + max(updates, iterates + grams))
     return work
 
 

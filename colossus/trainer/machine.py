@@ -188,7 +188,9 @@ def compile_marker(config: RunConfig) -> Path:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = str(os.getuid())
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(Path(tempfile.gettempdir()) / f"torchinductor_{user}")
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(
+        Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    )
     model = config.model.model_dump(mode="json", exclude={"name"})
     key = fingerprint([model, config.batch.model_dump(), torch.__version__, torch.get_num_threads()])
     return Path(cache) / "colossus" / key

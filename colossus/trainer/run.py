@@ -236,7 +236,7 @@ def _train(
         reason = "interrupted" if interrupts.seen else reason
         session.emit(RunFinished(step=state.progress.steps, reason=reason))
     summary = session.summary(heldout)
-    with contextlib.suppress(OSError):  # a full disk: the checkpoint says so, and whoever waits gets the summary
+    with contextlib.suppress(OSError):  # a full disk; whoever waits gets the summary all the same
         summary.write(run.summary_path)
         write_curves(list(run.events()), run.curves_path, title=run.name)
     return summary

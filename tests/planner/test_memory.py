@@ -84,7 +84,8 @@ def test_the_largest_micro_batch_that_fits_is_taken() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_its_parts() -> None:
-    with pytest.raises(ConfigError, match=r"does not fit this machine: a micro-batch of 1 × 64 tokens needs .* and a plan may fill 57"):
+    said = "does not fit this machine: a micro-batch of 1 × 64 tokens needs .* and a plan may fill 57"
+    with pytest.raises(ConfigError, match=said):
         plan_one_rank(small_config(), machine(memory_bytes=64 * MIB))
 
 

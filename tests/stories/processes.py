@@ -22,12 +22,12 @@ from colossus.events import Event, read_events
 from colossus.observe.history import history
 from colossus.observe.run_directory import RunDirectory
 from colossus.planner import plan_one_rank
-from colossus.spec.config import from_toml, override, to_toml
+from colossus.spec.config import override, to_toml
 from colossus.spec.data import DataConfig, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
 from colossus.spec.model import AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramSpec, RecallSpec
 from colossus.spec.plan import Machine
-from colossus.spec.run import AdamW, Batch, Checkpoints, Evaluation, Muon, RunConfig, WarmupStableDecay
+from colossus.spec.run import AdamW, Batch, Checkpoints, Evaluation, Fixed, Muon, RunConfig, WarmupStableDecay
 
 PATIENCE_S = 120.0
 
@@ -42,6 +42,15 @@ PLAIN = ModelSpec(
 )
 SPARSE = PLAIN.model_copy(update={"name": "sparse", "ngrams": NgramSpec(num_rows=64), "recall": RecallSpec()})
 MODELS = {"plain": PLAIN, "sparse": SPARSE}
+MACHINE = Machine(
+    chip="a CPU",
+    kind="cpu",
+    num_threads=1,
+    memory_bytes=2**34,
+    baseline_bytes=2**28,
+    matmul_flops={"float32": 1e11, "bfloat16": 1e11},
+    compiled_before=False,
+)
 OPTIMIZERS: dict[str, AdamW | Muon] = {"adamw": AdamW(), "muon": Muon()}
 
 
@@ -53,8 +62,17 @@ def write_corpus(directory: Path) -> Path:
     return directory
 
 
-def recipe(directory: Path, *settings: str, model: str = "plain", optimizer: str = "adamw") -> str:
-    """A configuration file in `directory`, its text beside it; 12 steps unless `settings` say otherwise."""
+def recipe(
+    directory: Path,
+    *settings: str,
+    model: str = "plain",
+    optimizer: str = "adamw",
+    dtype: Dtype | None = "float32",
+) -> str:
+    """A configuration file in `directory`, its text beside it; 12 steps unless `settings` say otherwise.
+
+    With a plan for `dtype`, whichever is faster here; None: without, so that the machine is measured first.
+    """
     config = RunConfig(
         name="story",
         model=MODELS[model],
@@ -69,24 +87,14 @@ def recipe(directory: Path, *settings: str, model: str = "plain", optimizer: str
         schedule=WarmupStableDecay(warmup_steps=3),
         checkpoints=Checkpoints(every=Duration.parse("4 steps")),
         evaluation=Evaluation(every=Duration.parse("5 steps"), max_tokens=200),
+        fixed=Fixed(dtype=dtype),
     )
+    config = override(config, list(settings))
+    if dtype is not None:
+        config = config.model_copy(update={"plan": plan_one_rank(config, MACHINE)})
     path = directory / "recipe.toml"
-    path.write_text(to_toml(override(config, list(settings))))
+    path.write_text(to_toml(config))
     return str(path)
-
-
-def in_dtype(path: str, dtype: Dtype) -> str:
-    """The configuration with a plan for `dtype`, whichever is faster here: a file beside it."""
-    config = from_toml(Path(path).read_text())
-    flops: dict[Dtype, float] = {"float32": 1e11, "bfloat16": 1e11, dtype: 2e11}
-    machine = Machine(
-        chip="a CPU", kind="cpu", num_threads=1, memory_bytes=2**34, baseline_bytes=2**28, matmul_flops=flops,
-        compiled_before=False,
-    )  # fmt: skip
-    config = config.model_copy(update={"plan": plan_one_rank(config, machine)})
-    target = Path(path).with_name(f"{dtype}.toml")
-    target.write_text(to_toml(config))
-    return str(target)
 
 
 # --- processes ---
@@ -121,7 +129,7 @@ class Process:
         """Looks fifty times a second. Fails when the process ends first."""
         while not condition():
             alive = self.process.is_alive()
-            assert alive or condition(), f"{self.arguments} ended with {self.process.exitcode} too early:\n{self.err}"
+            assert alive or condition(), f"{self.arguments} ended too early:\n{self.err}"
             assert time.monotonic() < self.ends_s, f"{self.arguments} takes too long:\n{self.err}"
             time.sleep(0.02)
 
@@ -135,15 +143,18 @@ class Process:
 
 
 @contextmanager
-def running(*arguments: str, before: Callable[[], None] | None = None) -> Iterator[Process]:
+def running(
+    *arguments: str, before: Callable[[], None] | None = None, draws: bool = False
+) -> Iterator[Process]:
     """`colossus <arguments>` in a new process, which first calls `before`; killed if it outlives the block.
 
-    A fork server that has torch loaded makes it in milliseconds. One thread where it trains.
+    A fork server that has torch loaded makes it in milliseconds. One thread where it trains, and no curves unless
+    it `draws`: they would take half of its time.
     """
     trains = arguments[:1] == ("train",) and "--resume" not in arguments
     arguments = (*arguments, "--threads", "1") if trains else arguments
     with tempfile.TemporaryDirectory() as output:
-        process = _context.Process(target=_main, args=(arguments, Path(output), before), daemon=True)
+        process = _context.Process(target=_main, args=(arguments, Path(output), before, draws), daemon=True)
         process.start()
         try:
             yield Process(arguments, process, Path(output))
@@ -168,19 +179,24 @@ class Done:
         return value
 
 
-def colossus(*arguments: str, before: Callable[[], None] | None = None, status: int = 0) -> Done:
+def colossus(
+    *arguments: str, before: Callable[[], None] | None = None, draws: bool = False, status: int = 0
+) -> Done:
     """Runs to its end, and fails unless that is with `status`."""
-    with running(*arguments, before=before) as process:
+    with running(*arguments, before=before, draws=draws) as process:
         done = Done(process.wait(), process.out, process.err)
     assert done.status == status, f"{arguments} ended with {done.status}:\n{done.out}\n{done.err}"
     return done
 
 
-def _main(arguments: tuple[str, ...], output: Path, before: Callable[[], None] | None) -> None:
+def _main(arguments: tuple[str, ...], output: Path, before: Callable[[], None] | None, draws: bool) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     from colossus.cli import main
+    from colossus.trainer import run
 
+    if not draws:
+        run.write_curves = lambda *arguments, **named: None
     sys.argv = ["colossus", *arguments]
     if before is not None:
         before()

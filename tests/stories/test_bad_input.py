@@ -50,7 +50,11 @@ def test_a_tokenizer_that_the_model_has_no_rows_for(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     colossus("train", path, "--runs", runs, "--steps", "1")
     tokenizer = tmp_path / "runs" / "story-001" / "tokenizer" / "tokenizer.json"
-    settings = ["data.tokenizer.kind=file", f"data.tokenizer.path={json.dumps(str(tokenizer))}", "model.vocab_size=280"]
+    settings = [
+        "data.tokenizer.kind=file",
+        f"data.tokenizer.path={json.dumps(str(tokenizer))}",
+        "model.vocab_size=280",
+    ]
     done = colossus("train", path, "--runs", runs, *(x for s in settings for x in ("--set", s)), status=2)
     assert sentence(done.err) == (
         "error: the tokenizer has 300 entries, but model plain has a vocabulary of 280; "
@@ -68,7 +72,9 @@ def test_a_run_whose_configuration_was_edited(tmp_path: Path) -> None:
         ({"hidden_size": 48}, "is [48, 32] in the model"),
         ({"logit_soft_cap": 5.0}, "logit_soft_cap is 5.0 in the model and None in the checkpoint"),
     ):
-        config.write_text(to_toml(edited.model_copy(update={"model": edited.model.model_copy(update=changes)})))
+        config.write_text(
+            to_toml(edited.model_copy(update={"model": edited.model.model_copy(update=changes)}))
+        )
         files = sorted((runs / "story-001").rglob("*"))
         done = colossus("train", "--resume", "story-001", "--runs", str(runs), status=1)
         assert "it is of another model" in sentence(done.err)

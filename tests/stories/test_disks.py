@@ -69,7 +69,9 @@ def no_room() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_checkpoints_that_cannot_be_written_do_not_end_training(tmp_path: Path, trained: RunDirectory) -> None:
+def test_checkpoints_that_cannot_be_written_do_not_end_training(
+    tmp_path: Path, trained: RunDirectory
+) -> None:
     path = recipe(tmp_path, "model.hidden_size=64")
     done = colossus("train", path, "--runs", str(tmp_path / "runs"), before=no_room)
     run = RunDirectory(tmp_path / "runs" / "story-001")

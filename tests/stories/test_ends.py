@@ -43,9 +43,20 @@ def test_time_ends_when_it_is_up(option: tuple[str, str], unit: str, length_s: f
 
 def test_two_budgets_are_refused(tmp_path: Path) -> None:
     done = colossus(
-        "train", recipe(tmp_path), "--runs", str(tmp_path / "runs"), "--steps", "3", "--tokens", "1k", status=2
+        "train",
+        recipe(tmp_path),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--steps",
+        "3",
+        "--tokens",
+        "1k",
+        status=2,
     )
-    assert done.err == "error: --steps 3 and --tokens 1k contradict each other: a run has one budget, so give one of them\n"
+    said = (
+        "error: --steps 3 and --tokens 1k contradict each other: a run has one budget, so give one of them\n"
+    )
+    assert done.err == said
     assert not (tmp_path / "runs").exists()
 
 
@@ -59,7 +70,8 @@ def test_a_finished_run_is_made_longer(tmp_path: Path) -> None:
     run = RunDirectory(runs / "story-001")
     before = losses(run)
     done = colossus("train", "--resume", str(run.path), "--steps", "20")
-    assert "budget: 20 steps. asked for on resuming, in place of 12 steps; the schedule now ends with it" in done.out
+    said = "budget: 20 steps. asked for on resuming, in place of 12 steps; the schedule now ends with it"
+    assert said in done.out
     assert run.config().budget.describe() == "20 steps"
     assert "trained for 20 steps" in (run.path / "README.md").read_text()
     assert losses(run)[:12] == before
@@ -119,7 +131,11 @@ def test_a_run_that_diverges_says_so_and_leaves_a_good_checkpoint(tmp_path: Path
     assert "warning: step 6 skipped: its gradient was not finite" in done.out
     run = RunDirectory(runs / "story-001")
     skipped = [event for event in events(run) if isinstance(event, StepSkipped)]
-    assert [(event.step, event.in_a_row, event.first_sample) for event in skipped] == [(6, 1, 24), (7, 2, 28), (8, 3, 32)]
+    assert [(event.step, event.in_a_row, event.first_sample) for event in skipped] == [
+        (6, 1, 24),
+        (7, 2, 28),
+        (8, 3, 32),
+    ]
     finished = events(run)[-1]
     assert isinstance(finished, RunFinished)
     assert finished.reason == "diverged"

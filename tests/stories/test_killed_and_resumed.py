@@ -9,7 +9,7 @@ import pytest
 from colossus.events import RunFinished
 from colossus.observe.run_directory import RunDirectory
 from colossus.spec.model import Dtype
-from tests.stories.processes import colossus, events, in_dtype, kinds, recipe, running, same_course, steps_done
+from tests.stories.processes import colossus, events, kinds, recipe, running, same_course, steps_done
 
 LENGTH = 24
 
@@ -24,7 +24,7 @@ def kill_writes(die_at: int) -> None:
 
     def counted(file: int, data: bytes) -> int:
         nonlocal count
-        if "checkpoints" in os.readlink(f"/proc/self/fd/{file}"):
+        if "checkpoints" in str(Path(f"/proc/self/fd/{file}").readlink()):
             count += 1
             if count == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -75,13 +75,18 @@ def test_killed_at_any_instant_it_ends_as_one_that_never_was(
     model: str, optimizer: str, dtype: Dtype, tmp_path: Path
 ) -> None:
     settings = [f"budget={LENGTH} steps", "checkpoints.every=3 steps"]
-    path = in_dtype(recipe(tmp_path, *settings, model=model, optimizer=optimizer), dtype)
+    path = recipe(tmp_path, *settings, model=model, optimizer=optimizer, dtype=dtype)
     runs = str(tmp_path / "runs")
     colossus("train", path, "--runs", runs, "--name", "whole")
     whole = RunDirectory.open("whole-001", runs)
     assert steps_done(whole) == LENGTH
 
-    disasters = [Disaster(kill_after, 2), Disaster(kill_after, 8), Disaster(kill_writes, 2), Disaster(kill_writes, 7)]
+    disasters = [
+        Disaster(kill_after, 2),
+        Disaster(kill_after, 8),
+        Disaster(kill_writes, 2),
+        Disaster(kill_writes, 7),
+    ]
     colossus("train", path, "--runs", runs, "--name", "killed", before=disasters[0], status=-signal.SIGKILL)
     run = RunDirectory.open("killed-001", runs)
     for disaster in disasters[1:]:
@@ -98,7 +103,7 @@ def test_killed_at_any_instant_it_ends_as_one_that_never_was(
 def test_killed_from_outside(tmp_path: Path) -> None:
     """The same with a clock for an assassin, on a run long enough to be met anywhere."""
     settings = ["budget=150 steps", "checkpoints.every=2 steps", "evaluation.every=50 steps"]
-    path = in_dtype(recipe(tmp_path, *settings, model="sparse", optimizer="muon"), "float32")
+    path = recipe(tmp_path, *settings, model="sparse", optimizer="muon")
     runs = str(tmp_path / "runs")
     colossus("train", path, "--runs", runs, "--name", "whole")
     chance = random.Random(1)
@@ -120,7 +125,7 @@ def test_killed_from_outside(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_saves_and_goes_on_later(number: signal.Signals, tmp_path: Path) -> None:
     settings = ["budget=60 steps", "checkpoints.every=1000 steps", "evaluation.every=1000 steps"]
-    path = in_dtype(recipe(tmp_path, *settings), "float32")
+    path = recipe(tmp_path, *settings)
     runs = str(tmp_path / "runs")
     colossus("train", path, "--runs", runs, "--name", "whole")
     with running("train", path, "--runs", runs, "--name", "stopped") as process:
@@ -150,7 +155,7 @@ def slow_disk() -> None:
 
 
 def test_asked_twice_it_ends_at_once(tmp_path: Path) -> None:
-    path = in_dtype(recipe(tmp_path, "budget=100000 steps", "checkpoints.every=10000 steps"), "float32")
+    path = recipe(tmp_path, "budget=100000 steps", "checkpoints.every=10000 steps")
     with running("train", path, "--runs", str(tmp_path / "runs"), before=slow_disk) as process:
         run = RunDirectory(tmp_path / "runs" / "story-001")
         process.wait_until(lambda: steps_done(run) >= 3)

@@ -14,8 +14,8 @@ from tests.stories.processes import colossus, kinds, recipe, same_course
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("explained")
-    path = recipe(directory, model="sparse", optimizer="muon")
-    done = colossus("train", path, "--runs", str(directory / "runs"), "--json")
+    path = recipe(directory, model="sparse", optimizer="muon", dtype=None)
+    done = colossus("train", path, "--runs", str(directory / "runs"), "--json", draws=True)
     (directory / "said.json").write_text(done.out)
     return directory / "runs"
 
