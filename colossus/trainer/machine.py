@@ -130,31 +130,30 @@ def fastest_float32(kind: str) -> tuple[Float32Library, float]:
     return best, rates[best]
 
 
-def matmul_flops(dtype: torch.dtype, kind: str, seconds: float = 0.1) -> float:
-    """FLOP/s of a square matmul: the best of as many as fit into `seconds`, three at the least.
+def matmul_flops(dtype: torch.dtype, kind: str) -> float:
+    """FLOP/s of a square matmul: the best of three spells of some 50 ms each.
 
-    On a CPU it is timed by the CPU time of its threads, so that what else runs on the machine does not lower the peak.
+    On a CPU a spell is timed by the CPU time of its threads, so that what else runs on the machine does not lower the
+    peak; the system counts that in ticks of milliseconds, so one matmul alone would be too short to time.
     """
     size = 8192 if kind == "cuda" else 768
     a, b = (torch.randn(size, size, dtype=dtype, device=kind) for _ in range(2))
-    num_threads = torch.get_num_threads()
 
-    def timed() -> float:
+    def spell(count: int) -> float:
+        """Seconds for one matmul, over `count` of them."""
         if kind == "cuda":
             torch.cuda.synchronize()
-            started = time.perf_counter()
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        for _ in range(count):
             a @ b
+        if kind == "cuda":
             torch.cuda.synchronize()
-            return time.perf_counter() - started
-        started = time.process_time()
-        a @ b
-        return (time.process_time() - started) / num_threads
+            return (time.perf_counter() - wall_s) / count
+        return (time.process_time() - cpu_s) / count / torch.get_num_threads()
 
-    timed()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < seconds and len(times) < 50):
-        times.append(timed())
-    return 2 * size**3 / min(times)
+    spell(1)
+    count = max(2, round(0.05 / max(spell(2), 1e-4)))
+    return 2 * size**3 / min(spell(count) for _ in range(3))
 
 
 def cpu_name() -> str:
