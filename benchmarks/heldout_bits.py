@@ -50,7 +50,9 @@ def main(run_path: str, text_path: str) -> None:
             one = Batch(batch.tokens[here], batch.targets[here], batch.documents[here], batch.samples[here])
             nats += loss_sums(model, one, plan)[1].loss.item()
     num_bytes = sum(len(text.encode()) for text in documents)
-    print(json.dumps({"bpb": nats / math.log(2) / num_bytes, "bytes": num_bytes, "documents": len(documents)}))
+    print(
+        json.dumps({"bpb": nats / math.log(2) / num_bytes, "bytes": num_bytes, "documents": len(documents)})
+    )
 
 
 if __name__ == "__main__":

@@ -49,11 +49,15 @@ def config(dtype: Dtype, compiled: bool, steps: int) -> RunConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--runs", type=Path, help="where the run and its corpus go; default: a temporary directory")
+    parser.add_argument(
+        "--runs", type=Path, help="where the run and its corpus go; default: a temporary directory"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         runs = args.runs or Path(scratch)

@@ -105,7 +105,9 @@ def train(
     The run's directory has all of it: configuration, events, checkpoints, curves. Ctrl-C stops after a
     checkpoint.
     """
-    budget = budget_settings({"steps": steps, "tokens": tokens, "minutes": minutes, "cpu_seconds": cpu_seconds})
+    budget = budget_settings(
+        {"steps": steps, "tokens": tokens, "minutes": minutes, "cpu_seconds": cpu_seconds}
+    )
     changes = [
         *data_settings(data, text_field),
         *tokenizer_settings(tokenizer, vocab_size),

@@ -54,7 +54,9 @@ class Lines:
                     f"({format_count(event.num_heldout_tokens)} tokens, {format_seconds(event.seconds)})"
                 )
             case EvaluationStarted():
-                self._write(f"{'':4} evaluating on all {format_count(event.num_heldout_tokens)} held-out tokens")
+                self._write(
+                    f"{'':4} evaluating on all {format_count(event.num_heldout_tokens)} held-out tokens"
+                )
             case CheckpointSaved():
                 size, took = format_bytes(event.num_bytes), format_seconds(event.seconds)
                 self._write(f"{'':4} checkpoint after {event.step:,} steps: {size}, {took}")
