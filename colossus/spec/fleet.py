@@ -26,7 +26,7 @@ class Sourced(Frozen):
 
     name: str
     source: str
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
     """By field name, for those numbers that `source` does not cover."""
     note: str = ""
 
