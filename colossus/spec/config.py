@@ -44,7 +44,7 @@ def from_toml(text: str) -> RunConfig:
         plain = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not a TOML file: {error}") from None
-    return _validate(RunConfig, plain)
+    return validated(RunConfig, plain)
 
 
 def _to_plain(value: Any) -> Any:
@@ -116,7 +116,7 @@ def override(config: ConfigT, settings: Sequence[str]) -> ConfigT:
     plain = _to_plain(config)
     for path, text in parsed:
         _set(type(config), plain, path, text)
-    return _validate(type(config), plain)
+    return validated(type(config), plain)
 
 
 def _parse_setting(setting: str) -> tuple[tuple[str, ...], str]:
@@ -246,7 +246,8 @@ def _read(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: {error}" if "\n" not in str(error) else f"{path}:\n{error}") from None
 
 
-def _validate(model: type[ConfigT], plain: dict[str, Any]) -> ConfigT:
+def validated(model: type[ConfigT], plain: dict[str, Any]) -> ConfigT:
+    """The value that a TOML or JSON table spells out. Raises ConfigError, one line for each thing that is wrong."""
     try:
         return model.model_validate(_false_to_none(model, plain))
     except ValidationError as error:

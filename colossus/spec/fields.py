@@ -38,10 +38,11 @@ def kind_of(model: type[BaseModel]) -> Any:
 
 
 def model_of(annotation: Any, value: Mapping[str, Any]) -> type[BaseModel] | None:
-    """The model that a table is written for: the only one, or the one of its `kind`."""
+    """The model that a table is written for: the only one, or the one of its `kind`; the first where it has none."""
     found = models(annotation)
     if len(found) > 1:
-        found = [model for model in found if kind_of(model) == value.get("kind")]
+        kind = value.get("kind", kind_of(found[0]))
+        found = [model for model in found if kind_of(model) == kind]
     return found[0] if found else None
 
 

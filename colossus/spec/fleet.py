@@ -16,7 +16,7 @@ from colossus.spec.ranged import Ranged
 
 Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-Generation = Literal["volta", "ampere", "hopper", "blackwell", "cpu"]
+Generation = Literal["volta", "ampere", "ada", "hopper", "blackwell", "cpu"]
 Precision = Literal["float32", "float16", "bfloat16", "fp8", "mxfp8", "nvfp4"]
 """What matmuls run in. `mxfp8` and `nvfp4` are the block-scaled formats of Blackwell."""
 
@@ -101,7 +101,7 @@ class Fabric(Sourced):
     """Share of line rate that large transfers reach under load (congestion, hash collisions)."""
     in_network_reduction: bool = False
     """Switches add (SHARP): an all-reduce sends each byte once."""
-    tiers: tuple[Tier, ...]
+    tiers: Annotated[tuple[Tier, ...], Field(strict=False)]
 
     @model_validator(mode="after")
     def _tiers_grow(self) -> Self:
@@ -127,7 +127,7 @@ class PowerLimit(Frozen):
 class Site(Sourced):
     """Where the fleet stands: power, cooling, carbon, prices."""
 
-    power_limits: tuple[PowerLimit, ...] = ()
+    power_limits: Annotated[tuple[PowerLimit, ...], Field(strict=False)] = ()
     """In order of time; none: as much as is needed."""
     pue: Ranged
     """Facility energy over the energy of the computers."""
@@ -163,10 +163,37 @@ class Fleet(Sourced):
     def num_chips(self) -> int:
         return sum(pool.num_chips for pool in self.pools)
 
+    @property
+    def num_nodes(self) -> int:
+        return sum(pool.num_nodes for pool in self.pools)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all chips together."""
+        return sum(pool.num_chips * pool.chip.memory_bytes for pool in self.pools)
+
+    @property
+    def power_watts(self) -> float:
+        """Rating of all nodes together, without switches and cooling."""
+        return sum(pool.num_nodes * pool.node.power_watts for pool in self.pools)
+
+    def peak_flops(self, precision: Precision) -> float:
+        """Of all chips together, dense. Raises ConfigError when one of them cannot run the precision."""
+        for pool in self.pools:
+            if precision not in pool.chip.peak_flops:
+                raise ConfigError(
+                    f"{pool.chip.name} cannot run {precision} matmuls; it runs {', '.join(pool.chip.peak_flops)}"
+                )
+        return sum(pool.num_chips * pool.chip.peak_flops[precision] for pool in self.pools)
+
     def check(self) -> None:
         """Raises ConfigError when the fabric cannot connect what hangs on it."""
-        nodes = sum(pool.num_nodes for pool in self.pools)
-        if nodes > 1 and self.num_chips > self.fabric.max_chips:
+        if self.num_nodes > 1 and not self.fabric.tiers:
+            raise ConfigError(
+                f"fleet {self.name} has {self.num_nodes:,} nodes, and fabric {self.fabric.name} connects none; "
+                "it takes a fabric with switches, for example infiniband-ndr-3-tier"
+            )
+        if self.num_nodes > 1 and self.num_chips > self.fabric.max_chips:
             raise ConfigError(
                 f"fleet {self.name} has {self.num_chips:,} chips, and fabric {self.fabric.name} with "
                 f"{len(self.fabric.tiers)} tiers of {self.fabric.switch_ports}-port switches connects at most "

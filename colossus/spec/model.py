@@ -3,124 +3,75 @@
 `ModelSpec.parameters()` is the one table that everything else reads: the built model has exactly these
 parameters (a test compares them), the optimizer groups by their role, the initialiser takes their spread,
 the checkpoint checks their shapes, and the counts of parameters, FLOPs and bytes are sums over it.
+The parts are in `parts.py`, the table in `parameters.py`.
 """
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from colossus.spec import parameters as table
 from colossus.spec.base import Frozen
+from colossus.spec.parameters import LayerGroup, ParameterSpec, Role
+from colossus.spec.parts import (
+    Activation,
+    AnyAttention,
+    AnyMlp,
+    AnyNorm,
+    AttentionSpec,
+    FirstLayers,
+    LatentAttentionSpec,
+    LayerNormSpec,
+    Llama3Scaling,
+    MlpSpec,
+    MoeSpec,
+    NgramSpec,
+    NormPlacement,
+    NormSpec,
+    Positive,
+    PositiveFloat,
+    RecallSpec,
+    RopeSpec,
+    RouterGroups,
+    RouterSpec,
+    SharedMlpSpec,
+    WindowSpec,
+    YarnScaling,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-Role = Literal["embedding", "sparse_embedding", "head", "matrix", "vector"]
-Activation = Literal["swiglu", "geglu", "gelu", "squared_relu"]
+__all__ = [
+    "BYTES_PER_ELEMENT",
+    "Activation",
+    "AttentionSpec",
+    "Dtype",
+    "FirstLayers",
+    "LatentAttentionSpec",
+    "LayerGroup",
+    "LayerNormSpec",
+    "Llama3Scaling",
+    "MlpSpec",
+    "ModelSpec",
+    "MoeSpec",
+    "NgramSpec",
+    "NormPlacement",
+    "NormSpec",
+    "ParameterSpec",
+    "Positive",
+    "RecallSpec",
+    "Role",
+    "RopeSpec",
+    "RouterGroups",
+    "RouterSpec",
+    "SharedMlpSpec",
+    "WindowSpec",
+    "YarnScaling",
+]
+
 Dtype = Literal["float32", "bfloat16"]
 
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterSpec:
-    """One parameter tensor.
-
-    `role` says how it is used, and so how it is optimised: `embedding` (rows looked up), `sparse_embedding`
-    (rows looked up, of which a step touches few), `head` (projection to the vocabulary), `matrix` (any other
-    matmul), `vector` (norm weights and other elementwise ones: no decay). `std` is the spread of its
-    normal initial values; 0 means that it starts as the constant `start`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    std: float = 0.0
-    start: float = 0.0
-
-    @property
-    def num_elements(self) -> int:
-        return math.prod(self.shape)
-
-
-class RopeSpec(Frozen):
-    """Rotary positions (arXiv:2104.09864), rotating the two halves of each head."""
-
-    base: Annotated[float, Field(gt=1)] = 10_000.0
-
-
-class NormSpec(Frozen):
-    """Root-mean-square normalisation; `weighted`: with a learned weight per channel."""
-
-    epsilon: Annotated[float, Field(gt=0)] = 1e-6
-    weighted: bool = True
-
-
-def _rising(orders: tuple[int, ...]) -> tuple[int, ...]:
-    if list(orders) != sorted(set(orders)):
-        raise ValueError(f"{list(orders)} must rise, each order named once: each has rows of its own")
-    return orders
-
-
-class NgramSpec(Frozen):
-    """Embeddings of the last n tokens together, looked up by hash in a table of `num_rows` rows per order n
-    (over-tokenised inputs, arXiv:2501.16975): capacity that costs no matmul."""
-
-    orders: Annotated[
-        tuple[Annotated[int, Field(ge=2, le=5)], ...],
-        Field(strict=False, min_length=1),
-        AfterValidator(_rising),
-    ] = (2, 3)
-    num_rows: Positive = 65_536
-
-
-class RecallSpec(Frozen):
-    """An embedding of what came next the last time: of the token that followed the latest earlier occurrence,
-    in the same document, of the n tokens that end here, for the longest n of `orders` that has occurred.
-
-    What an induction head (arXiv:2209.11895) has to learn, two layers deep, is here from the first step.
-    """
-
-    orders: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=5)], ...],
-        Field(strict=False, min_length=1),
-        AfterValidator(_rising),
-    ] = (1, 2, 3, 4)
-
-
-class AttentionSpec(Frozen):
-    """Causal grouped-query attention (arXiv:2305.13245): several heads of queries share keys and values."""
-
-    num_heads: Positive
-    num_kv_heads: Positive
-    head_dim: Positive
-    rope: RopeSpec | None = RopeSpec()
-    qk_norm: bool = False
-    """RMS-normalise queries and keys per head, without weights, before the rotation."""
-    score_scale: Annotated[float, Field(gt=0)] | None = None
-    """What q·k is multiplied by before the softmax; None: 1/√head_dim."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
-                f"every key-value head serves the same number of query heads"
-            )
-        if self.rope is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of channels")
-        return self
-
-
-class MlpSpec(Frozen):
-    """The feed-forward part: two matrices, or three where the activation is gated (`swiglu`, `geglu`)."""
-
-    intermediate_size: Positive
-    activation: Activation = "swiglu"
-
-    @property
-    def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
 
 
 class ModelSpec(Frozen):
@@ -131,97 +82,155 @@ class ModelSpec(Frozen):
     context_tokens: Positive
     num_layers: Positive
     hidden_size: Positive
-    attention: AttentionSpec
-    mlp: MlpSpec
-    norm: NormSpec = NormSpec()
+    attention: AnyAttention
+    mlp: AnyMlp
+    first_layers: FirstLayers | None = None
+    """The first layers have this feed-forward part in place of `mlp`."""
+    norm: AnyNorm = NormSpec()
+    norm_placement: NormPlacement = "pre"
+    """Where attention and MLP are normalised. `pre`: x + f(norm(x)); `post`: x + norm(f(x)), as in OLMo 2;
+    `sandwich`: x + norm(f(norm(x)))."""
     embedding_norm: bool = False
     """Normalise the embeddings before the first layer."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """What a token's embedding is multiplied by."""
+    learned_positions: bool = False
+    """A learned embedding for each of `context_tokens` positions is added to the token's."""
     ngrams: NgramSpec | None = None
     recall: RecallSpec | None = None
     tied_embeddings: bool = False
     """The head uses the embedding's weights."""
+    logit_multiplier: PositiveFloat = 1.0
+    """What logits are multiplied by, before the soft cap."""
     logit_soft_cap: Annotated[float, Field(gt=0)] | None = None
     """Logits become `cap · tanh(logits / cap)`."""
     zero_init_outputs: bool = True
     """Attention and MLP output projections start at zero, so that every block starts as the identity."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first = self.first_layers
+        if first is not None and first.num_layers >= self.num_layers:
+            raise ValueError(
+                f"first_layers.num_layers is {first.num_layers}, but num_layers is {self.num_layers}; "
+                f"at least one layer must have mlp"
+            )
+        return self
+
     # --- the table of parameters ---
 
     def parameters(self) -> tuple[ParameterSpec, ...]:
-        """Every parameter, in the built model's order. Linear weights are (outputs, inputs)."""
-        return tuple(self._parameters())
+        """Every parameter, in the built model's order. Linear weights are (outputs, inputs), those of experts
+        (num_experts, outputs, inputs)."""
+        return table.all_parameters(self)
 
-    def _parameters(self) -> Iterator[ParameterSpec]:
-        hidden, attention, mlp = self.hidden_size, self.attention, self.mlp
-        query_size = attention.num_heads * attention.head_dim
-        kv_size = attention.num_kv_heads * attention.head_dim
+    def input_parameters(self) -> tuple[ParameterSpec, ...]:
+        """Those that stand before the layers: embeddings and their norm."""
+        return table.input_parameters(self)
 
-        def matrix(name: str, outputs: int, inputs: int, *, writes_residual: bool = False) -> ParameterSpec:
-            std = 0.0 if writes_residual and self.zero_init_outputs else inputs**-0.5
-            if writes_residual and not self.zero_init_outputs:
-                std /= math.sqrt(2 * self.num_layers)  # GPT-2's scaling: the residual sum keeps its spread
-            return ParameterSpec(name, (outputs, inputs), "matrix", std)
+    def output_parameters(self) -> tuple[ParameterSpec, ...]:
+        """Those that stand after the layers: the final norm and, where it is not tied, the head."""
+        return table.output_parameters(self)
 
-        def norm(name: str) -> Iterator[ParameterSpec]:
-            if self.norm.weighted:
-                yield ParameterSpec(f"{name}.weight", (hidden,), "vector", start=1.0)
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers, those that are alike together; a group's parameters are one layer's, named within it."""
+        return table.layer_groups(self)
 
-        # A tied embedding is also the head, whose logits must start small.
-        embedding_std = hidden**-0.5 if self.tied_embeddings else 1.0
-        yield ParameterSpec("embedding.weight", (self.vocab_size, hidden), "embedding", embedding_std)
-        if self.ngrams is not None:
-            rows = len(self.ngrams.orders) * self.ngrams.num_rows
-            yield ParameterSpec("ngram_embedding.weight", (rows, hidden), "sparse_embedding")
-        if self.recall is not None:
-            rows = len(self.recall.orders) * self.vocab_size + 1
-            yield ParameterSpec("recall_embedding.weight", (rows, hidden), "sparse_embedding")
-        if self.embedding_norm:
-            yield from norm("embedding_norm")
-        for i in range(self.num_layers):
-            layer = f"layers.{i}"
-            yield from norm(f"{layer}.attention_norm")
-            yield matrix(f"{layer}.attention.query.weight", query_size, hidden)
-            yield matrix(f"{layer}.attention.key.weight", kv_size, hidden)
-            yield matrix(f"{layer}.attention.value.weight", kv_size, hidden)
-            yield matrix(f"{layer}.attention.output.weight", hidden, query_size, writes_residual=True)
-            yield from norm(f"{layer}.mlp_norm")
-            if mlp.gated:
-                yield matrix(f"{layer}.mlp.gate.weight", mlp.intermediate_size, hidden)
-            yield matrix(f"{layer}.mlp.up.weight", mlp.intermediate_size, hidden)
-            yield matrix(f"{layer}.mlp.down.weight", hidden, mlp.intermediate_size, writes_residual=True)
-        yield from norm("final_norm")
-        if not self.tied_embeddings:
-            head_std = 0.0 if self.zero_init_outputs else hidden**-0.5
-            yield ParameterSpec("head.weight", (self.vocab_size, hidden), "head", head_std)
+    def mlp_of(self, layer: int) -> MlpSpec | MoeSpec:
+        """The feed-forward part of a layer, counted from 0."""
+        first = self.first_layers
+        return first.mlp if first is not None and layer < first.num_layers else self.mlp
 
     # --- what it costs ---
 
     def num_params(self) -> int:
-        """All weights; a tied matrix counts once."""
-        return sum(parameter.num_elements for parameter in self.parameters())
+        """All weights, those of all experts; a tied matrix counts once."""
+        return _counts(self).params
+
+    def num_active_params(self) -> int:
+        """Weights that one token uses: all but the experts that it does not go through. Whole embedding tables
+        count, as in most published figures."""
+        return _counts(self).active
 
     def num_matmul_params(self) -> int:
-        """Weights that each token is multiplied with: matrices and the head, no looked-up rows."""
-        matrices = sum(p.num_elements for p in self.parameters() if p.role in ("matrix", "head"))
-        return matrices + (self.vocab_size * self.hidden_size if self.tied_embeddings else 0)
+        """Weights that each token is multiplied with: matrices and the head, of experts those that it goes
+        through; no looked-up rows."""
+        return _counts(self).matmul
+
+    def attention_pairs(self, sequence_tokens: int) -> int:
+        """Pairs of a query and a key that it sees, in one sequence, summed over layers: each query sees itself
+        and what is before it, at most a window of it where the layer has one."""
+        causal = sequence_tokens * (sequence_tokens + 1) // 2
+        window = self.attention.window
+        if window is None or sequence_tokens <= window.tokens:
+            return self.num_layers * causal
+        clipped = causal - (sequence_tokens - window.tokens) * (sequence_tokens - window.tokens + 1) // 2
+        with_window = window.num_window_layers(self.num_layers)
+        return with_window * clipped + (self.num_layers - with_window) * causal
+
+    def flops_per_attention_pair(self) -> int:
+        """FLOPs of one query and one key in all heads of a layer: their product, and the value's share."""
+        attention = self.attention
+        return 2 * attention.num_heads * (attention.head_dim + attention.value_head_dim)
 
     def forward_flops(self, num_sequences: int, sequence_tokens: int) -> int:
         """FLOPs of one forward pass's matmuls, attention over the full square, as torch's counter does."""
         tokens = num_sequences * sequence_tokens
-        square = 4 * self.attention.num_heads * self.attention.head_dim * sequence_tokens
-        return tokens * (2 * self.num_matmul_params() + self.num_layers * square)
+        square = self.num_layers * self.flops_per_attention_pair() * sequence_tokens
+        return tokens * (2 * self.num_matmul_params() + square)
 
     def flops_per_token(self, sequence_tokens: int) -> float:
         """Model FLOPs of one trained token, the numerator of MFU: 6 per matmul weight (2 forward, 4 backward;
-        arXiv:2204.02311 appendix B), and attention over the square's causal half. Recompute never counts."""
-        causal = 4 * self.attention.num_heads * self.attention.head_dim * (sequence_tokens + 1) / 2
-        return 6 * self.num_matmul_params() + 3 * self.num_layers * causal
+        arXiv:2204.02311 appendix B), and attention over the pairs that a query sees. Recompute never counts."""
+        pairs = self.attention_pairs(sequence_tokens) / sequence_tokens
+        return 6 * self.num_matmul_params() + 3 * self.flops_per_attention_pair() * pairs
 
     def weight_bytes(self, dtype: Dtype = "float32") -> int:
         """Bytes of the weights when all are held in `dtype`."""
         return self.num_params() * BYTES_PER_ELEMENT[dtype]
 
     def kv_cache_bytes_per_token(self, dtype: Dtype = "float32") -> int:
-        """Bytes of keys and values that generation keeps for one token of one sequence."""
-        per_layer = 2 * self.attention.num_kv_heads * self.attention.head_dim
-        return self.num_layers * per_layer * BYTES_PER_ELEMENT[dtype]
+        """Bytes that generation keeps for one more token of one sequence: keys and values, or the short vector
+        of latent attention, in every layer. Where a window is full, less: see `kv_cache_bytes`."""
+        return self.num_layers * self.attention.cached_channels * BYTES_PER_ELEMENT[dtype]
+
+    def kv_cache_bytes(self, sequence_tokens: int, dtype: Dtype = "float32") -> int:
+        """Bytes that generation keeps for one sequence so long; layers with a window keep no more than it."""
+        window = self.attention.window
+        token_layers = self.num_layers * sequence_tokens
+        if window is not None and sequence_tokens > window.tokens:
+            with_window = window.num_window_layers(self.num_layers)
+            token_layers -= with_window * (sequence_tokens - window.tokens)
+        return token_layers * self.attention.cached_channels * BYTES_PER_ELEMENT[dtype]
+
+
+class _Counts:
+    """Sums over the table, without spelling out layers that are alike."""
+
+    __slots__ = ("active", "matmul", "params")
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.params = self.active = self.matmul = 0
+        for parameter, times, mlp in _with_multiplicity(spec):
+            elements = times * parameter.num_elements
+            used = elements
+            if parameter.expert and isinstance(mlp, MoeSpec):
+                used = elements // mlp.num_experts * mlp.top_k
+            self.params += elements
+            self.active += used
+            self.matmul += used if parameter.role in ("matrix", "head") else 0
+        if spec.tied_embeddings:
+            self.matmul += spec.vocab_size * spec.hidden_size
+
+
+def _with_multiplicity(spec: ModelSpec) -> Iterator[tuple[ParameterSpec, int, MlpSpec | MoeSpec | None]]:
+    for parameter in (*spec.input_parameters(), *spec.output_parameters()):
+        yield parameter, 1, None
+    for group in spec.layer_groups():
+        for parameter in group.parameters:
+            yield parameter, group.num_layers, group.mlp
+
+
+@lru_cache(maxsize=256)
+def _counts(spec: ModelSpec) -> _Counts:
+    return _Counts(spec)
