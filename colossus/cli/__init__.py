@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from colossus.cli import data, generate, recipes, runs, train
+from colossus.cli import data, fleet, generate, models, recipes, runs, train
 from colossus.cli.group import Group
 from colossus.errors import ColossusError, ConfigError
 
@@ -23,7 +23,9 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.add_typer(runs.app, name="runs")
 app.command("recipes")(recipes.recipes)
+app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
+app.add_typer(fleet.app, name="fleet")
 
 
 @app.callback()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from colossus.models.attention import Attention, LayerCache, attention_mask
 from colossus.models.lookups import ngram_rows, recall_rows
+from colossus.models.missing import refuse_missing_parts
 from colossus.models.parts import GatedMlp, Linear, Mlp, RmsNorm
 from colossus.spec.model import ModelSpec, NgramSpec, RecallSpec
 
@@ -78,6 +79,7 @@ class Layer(nn.Module):
 
 class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
+        refuse_missing_parts(spec)
         super().__init__()
         self.spec = spec
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size)

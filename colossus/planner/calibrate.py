@@ -7,6 +7,8 @@ say. Shares move on the logit scale, positive constants on the log scale, so tha
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +74,21 @@ class Fit:
 def weights(runs: Sequence[Run]) -> Vector:
     """One for each configuration however often it was measured, half for rows with something assumed."""
     keys = [configuration(run) for run in runs]
-    counts = {key: keys.count(key) for key in set(keys)}
+    counts = Counter(keys)
+    families = [(run.row.get("source", "").partition('"')[0][:30], run.node.name, run.stack.name) for run in runs]
+    sizes = Counter(families)
     tier = {"A": 1.0, "B": 0.5}
     return np.array(
-        [tier.get(run.row.get("tier", "A"), 0.2) / counts[key] for run, key in zip(runs, keys, strict=True)]
+        [
+            tier.get(run.row.get("tier", "A"), 0.2) / counts[key] * min(1.0, (FULL_VOICE / sizes[family]) ** 0.8)
+            for run, key, family in zip(runs, keys, families, strict=True)
+        ]
     )
+
+
+FULL_VOICE = 60
+"""Rows of one source on one chip up to which each counts in full: a thousand small models on one node must not
+drown the rest."""
 
 
 def configuration(run: Run) -> tuple[str, ...]:
@@ -165,3 +177,23 @@ def summary(log_errors: Vector) -> dict[str, Any]:
         "p90": float(np.percentile(relative, 90)),
         "bias": float(np.mean(np.expm1(log_errors)) * 100),
     }
+
+
+def source_of(run: Run) -> str:
+    """Who measured: what is left out together in cross-validation. Revisions of one table are one source."""
+    place = run.row.get("url_or_path", "") or run.row.get("source", "")
+    repository = re.match(r"(?:github:)?([\w.-]+/[\w.-]+)", place)
+    return repository[1] if repository else re.split(r"[ :]", place)[0]
+
+
+def leave_one_out(
+    table: Table, beliefs: Sequence[Prior], *, only: Callable[[Run], bool] = lambda run: True
+) -> dict[str, Vector]:
+    """By source that holds a row of interest: the log errors of its rows under a fit that has not seen it."""
+    sources = [source_of(run) for run in table.runs]
+    errors = {}
+    for source in sorted({s for s, run in zip(sources, table.runs, strict=True) if only(run)}):
+        rest = fit(table.choose(lambda run: source_of(run) != source), beliefs, rounds=12)  # noqa: B023
+        own = table.choose(lambda run: source_of(run) == source)  # noqa: B023
+        errors[source] = np.log(predict_s(own, rest.values)) - np.log(own.step_s)
+    return errors

@@ -82,6 +82,7 @@ def attention_s(
     attended: Array,
     heads: Array,
     flash: Array,
+    score_traffic: Array,
     hardware: Hardware,
     constants: Constants,
 ) -> tuple[Array, Array]:
@@ -89,7 +90,8 @@ def attention_s(
 
     Fused kernels skip the masked half and keep scores on the chip; their backward computes the scores again:
     five products for the forward's two. Unfused ones compute the whole square (twice the mean of a causal
-    mask) and pass over it in memory: about 5 times forward and 6 backward, in 2 bytes.
+    mask) and pass over it in memory: about 5 times forward and 6 backward, in 2 bytes, and `score_traffic`
+    times that where the softmax is not fused either.
     """
     clock = hardware.power_share**constants.power_exponent
     rate = hardware.wide_flops * np.minimum(constants.attention * clock, 1.0)
@@ -102,7 +104,7 @@ def attention_s(
     scores = 2.0 * heads * tokens * square
     unfused_rate = hardware.wide_flops * constants.wide_matmul * clock * head / (head + constants.half_depth)
     unfused_s = 2.0 * products / unfused_rate
-    passes = memory_s(scores * constants.score_passes, hardware, constants)
+    passes = memory_s(scores * constants.score_passes * score_traffic, hardware, constants)
     forward = flash * fused_s + (1.0 - flash) * (unfused_s + 5.0 * passes)
     backward = flash * constants.attention_backward * fused_s + (1.0 - flash) * (2.0 * unfused_s + 6.0 * passes)
     return np.asarray(forward), np.asarray(backward)

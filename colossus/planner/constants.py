@@ -34,7 +34,11 @@ class Constants(Columns):
     kernel_s: Array
     """What each matmul costs besides."""
     launch_s: Array
-    """Host time to start one layer's kernels, forward and backward, where they are not fused."""
+    """Host time to start one layer's kernels, forward and backward."""
+    launch_fused: Array
+    """The same where kernels are fused or captured in graphs, over that."""
+    launch_tensor: Array
+    """What tensor parallelism's collectives add to it."""
     attention: Array
     """Share of the 16-bit peak that fused attention reaches forward, heads of 128, long sequences."""
     attention_backward: Array
@@ -51,6 +55,8 @@ class Constants(Columns):
     """How often a layer's forward reads or writes the residual stream."""
     unfused: Array
     """Memory traffic of elementwise operations without fusion, over that with."""
+    unfused_norm: Array
+    """The same for norms and residual sums, which unfused run in 4 bytes."""
     cast_passes: Array
     """Casts to 8 bits: traffic over the least."""
     scale_up: Array
@@ -91,9 +97,10 @@ class Constants(Columns):
         generation: Sequence[str],
         precision: Sequence[str],
         stack: Sequence[str],
+        kernel: Sequence[str],
     ) -> "Constants":
         """The constants of each candidate; the most particular name that exists counts."""
-        keys = list(zip(generation, precision, stack, strict=True))
+        keys = list(zip(generation, precision, stack, kernel, strict=True))
         places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         rows = np.array([places[key] for key in keys])
         table = {
@@ -107,11 +114,13 @@ WIDE = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 """In which 16-bit (or wider) precision the other operations run; default bfloat16."""
 
 
-def _lookup(values: Mapping[str, float], name: str, generation: str, precision: str, stack: str) -> float:
+def _lookup(
+    values: Mapping[str, float], name: str, generation: str, precision: str, stack: str, kernel: str
+) -> float:
     precision = "bfloat16" if precision == "float16" else precision  # the same tensor cores, the same rates
     if name == "wide_matmul":
         name, precision = "matmul", WIDE.get(precision, "bfloat16")
-    for key in (f"{name}.{generation}.{precision}", f"{name}.{generation}", f"{name}.{stack}", name):
+    for key in (f"{name}.{generation}.{precision}", f"{name}.{generation}.{kernel}", f"{name}.{generation}", f"{name}.{stack}", name):
         if key in values:
             return values[key]
     raise KeyError(f"no constant {name} for {generation}, {precision}, {stack}")

@@ -47,10 +47,18 @@ class Execution(Columns):
     """1 where attention scores never leave the chip's cache (arXiv:2205.14135)."""
     fused: Array
     """1 where elementwise operations are fused into few kernels."""
+    few_launches: Array
+    """1 where the host starts few kernels: compiled or captured in graphs."""
+    score_traffic: Array
+    """Memory traffic of unfused attention over that of one with a fused softmax; of no meaning with `flash`."""
     overlap_data: Array
     """1 where gradients are summed while the backward pass goes on."""
     overlap_tensor: Array
     """1 where tensor-parallel collectives run piecewise beside their matmuls."""
+    overlap_experts: Array
+    """1 where tokens travel to and from experts beside another micro-batch's compute."""
+    one_copy_per_node: Array
+    """1 where a token goes to a node once, however many of its experts are there."""
     gradient_bytes: Array
     """Bytes per gradient element on the network."""
 

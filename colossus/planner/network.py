@@ -41,18 +41,28 @@ def ring_s(
 
 
 def all_to_all_s(
-    size_bytes: Array, size: Array, stride: Array, hardware: Hardware, constants: Constants
+    size_bytes: Array,
+    size: Array,
+    stride: Array,
+    hardware: Hardware,
+    constants: Constants,
+    *,
+    copies: Array,
+    one_copy: Array,
 ) -> Array:
     """Seconds in which each rank sends `size_bytes` in equal parts to all `size` ranks, itself included.
 
-    What stays in the domain goes by NVLink while the rest goes through the rank's own NIC.
+    What stays in the domain goes by NVLink while the rest goes through the rank's own NIC. The bytes are
+    `copies` of each token; with `one_copy`, a token leaves only once for each domain d that wants it:
+    d·(1 − (1 − 1/d)^copies) of them for copies spread evenly.
     """
     size = np.maximum(size, 1.0)
     inside = members_inside(size, stride, hardware)
     within_s = size_bytes * (inside - 1.0) / size / (hardware.scale_up_bandwidth * constants.scale_up)
-    between_s = (
-        size_bytes * (size - inside) / size / (hardware.nic_bandwidth * constants.nic * constants.scattered)
-    )
+    domains = size / inside
+    wanted = domains * (1.0 - (1.0 - 1.0 / domains) ** copies) / np.maximum(copies, 1.0)
+    leaving = size_bytes * (size - inside) / size * np.where(one_copy > 0, np.minimum(wanted, 1.0), 1.0)
+    between_s = leaving / (hardware.nic_bandwidth * constants.nic * constants.scattered)
     latency_s = constants.scale_up_latency_s + np.where(size > inside, constants.nic_latency_s, 0.0)
     return np.asarray(np.where(size > 1.0, np.maximum(within_s, between_s) + latency_s, 0.0))
 

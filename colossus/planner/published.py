@@ -23,8 +23,7 @@ from colossus.planner.constants import Constants
 from colossus.planner.execution import Execution, Hardware
 from colossus.planner.shape import ModelShape
 from colossus.spec.fleet import Node, Precision
-from colossus.spec.model import ModelSpec
-from colossus.spec.parts import AttentionSpec, LayerNormSpec, MlpSpec, MoeSpec, NormSpec
+from colossus.spec.model import ModelSpec, AttentionSpec, LayerNormSpec, MlpSpec, MoeSpec, NormSpec
 
 NODES = {
     "A100-80": "dgx-a100", "A100-40": "a100-40-hdr", "H100-SXM": "hgx-h100", "H100-HBM2e-96GB-500W": "hgx-h100-500w",
@@ -45,10 +44,15 @@ class Stack:
     name: str
     match: tuple[str, ...]
     flash: bool
+    attention: str
     fused: bool
+    few_launches: bool
     overlap_data: bool
     overlap_tensor: bool
+    overlap_experts: bool
     sequence_parallel: bool
+    interleaves: bool
+    one_copy_per_node: bool
     gradient_bytes: int
     expert_tp: str
     sharding: str
@@ -91,6 +95,11 @@ class Run:
     @property
     def num_chips(self) -> int:
         return int(self.row["n_gpus"])
+
+    @property
+    def kernel(self) -> str:
+        """Family of the attention kernel."""
+        return "flash1" if "flash_attentionv1" in self.row.get("notes", "") else self.stack.attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +161,7 @@ def run_of(row: Mapping[str, str]) -> Run:
     micro_batch = _count(row, "micro_batch", default=1)
     micro_batch = max(1, min(micro_batch, sequences // data or 1))
     chunks = _count(row, "vpp", default=_default_chunks(row, model, stack, pp, sequences // (data * micro_batch)))
-    if model.num_layers < pp * chunks:
+    if model.num_layers + 2 < pp * chunks:
         chunks = max(1, model.num_layers // pp)
     moe = isinstance(model.mlp, MoeSpec)
     ep = _count(row, "ep", default=1) if moe else 1
@@ -176,15 +185,19 @@ def run_of(row: Mapping[str, str]) -> Run:
         "recompute": _recompute(row),
         "sequence_parallel": stack.sequence_parallel if parallel is None else parallel[1] == "1",
         "flash": stack.flash if kernel is None else "flash" in kernel[1],
-        "fused": stack.fused if kernel is None else "RMS" in kernel[1] or "fused" in kernel[1],
+        "fused": stack.fused if kernel is None else "RMS" in kernel[1],
+        "few_launches": stack.few_launches,
+        "score_traffic": 1.0 if kernel is None or kernel[1] != "torch" else 3.0,
         "overlap_data": stack.overlap_data,
         "overlap_tensor": stack.overlap_tensor or "async" in notes.lower(),
+        "overlap_experts": stack.overlap_experts,
+        "one_copy_per_node": stack.one_copy_per_node,
         "gradient_bytes": stack.gradient_bytes,
     }
     if "Sequence parallelism on" in notes:
         numbers["sequence_parallel"] = 1
     if "eager" in notes:
-        numbers["fused"] = 0
+        numbers["fused"] = numbers["few_launches"] = 0
     speed = _number(row, "interconnect_inter_gbps_per_gpu")
     return Run(
         row=row,
@@ -321,14 +334,17 @@ def _model_of_columns(row: Mapping[str, str]) -> ModelSpec:
 
 
 def _default_chunks(row: Mapping[str, str], model: ModelSpec, stack: Stack, pp: int, micro_batches: int) -> int:
-    """Virtual stages where the table does not say: none, but for schedules that the notes name."""
-    notes = row.get("notes", "").lower()
-    if pp > 1 and "interleav" in notes and "1f1b" in notes + "1f1b":
-        for chunks in (2, 3, 4):
-            if model.num_layers % (pp * chunks) == 0:
-                return chunks
-        return 2
-    return 1
+    """Virtual stages where the table does not say: as many as there are layers for, up to 12, where the software
+    interleaves by default and a plain schedule would idle for more than a tenth of the step; else none."""
+    interleaves = stack.interleaves or "interleaved 1f1b" in row.get("notes", "").lower()
+    if not interleaves or pp == 1 or (pp - 1) / micro_batches < 0.1:
+        return 1
+    per_stage = [
+        chunks
+        for chunks in range(2, 13)
+        if model.num_layers % (pp * chunks) == 0 or (model.num_layers + 2) % (pp * chunks) == 0
+    ]
+    return max(per_stage, default=1)
 
 
 def _sharding(text: str, stack: Stack, data: int) -> int:
@@ -410,6 +426,7 @@ class Table:
             [run.node.chip.generation for run in self.runs],
             [run.precision for run in self.runs],
             [run.stack.name for run in self.runs],
+            [run.kernel for run in self.runs],
         )
 
     def choose(self, keep: Callable[[Run], bool]) -> "Table":

@@ -6,7 +6,7 @@ import numpy as np
 
 from colossus.planner.columns import Array, Columns
 from colossus.spec.model import ModelSpec
-from colossus.spec.parts import LatentAttentionSpec, MoeSpec, NormSpec
+from colossus.spec.model import LatentAttentionSpec, MoeSpec
 
 
 @dataclass(frozen=True, slots=True)

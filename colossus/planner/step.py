@@ -123,16 +123,17 @@ def step_parts(
         shape.attended / x.tp,
         shape.heads / x.tp,
         x.flash,
+        x.score_traffic,
         hardware,
         c,
     )
     fusion = np.where(x.fused > 0, 1.0, c.unfused)
     passes = 2.0 * (
-        local * shape.hidden * (c.hidden_passes + 2.0 * (shape.norms - 2.0))
-        + tokens * (shape.query + shape.key) * 2.0 / x.tp
-        + tokens * (dense_share * shape.mlp + expert_share * shape.shared) * shape.mlp_matrices / x.tp
+        local * shape.hidden * (c.hidden_passes + 2.0 * (shape.norms - 2.0)) * np.where(x.fused > 0, 1.0, c.unfused_norm)
+        + fusion * tokens * (shape.query + shape.key) * 2.0 / x.tp
+        + fusion * tokens * (dense_share * shape.mlp + expert_share * shape.shared) * shape.mlp_matrices / x.tp
     )
-    elementwise = [(1.0 + i) * memory_s(passes * fusion, hardware, c) for i in (0, 1)]
+    elementwise = [(1.0 + i) * memory_s(passes, hardware, c) for i in (0, 1)]
 
     # --- communication of one layer ---
     activation = 2.0 * tokens * shape.hidden
@@ -144,13 +145,15 @@ def step_parts(
     context = (x.cp - 1.0) * network.send_s(keys_values, x.tp, hardware, c)
     context = np.where(x.cp > 1, np.maximum(context * (1.0 - c.context_hidden), context - attention[0]), 0.0)
     dispatch = 2.0 * network.all_to_all_s(
-        2.0 * tokens / x.tp * shape.top_k * shape.hidden * x.expert_tp / np.maximum(x.expert_tp, 1.0),
+        2.0 * tokens / x.tp * shape.top_k * shape.hidden,
         x.ep,
         x.expert_tp,
         hardware,
         c,
+        copies=shape.top_k,
+        one_copy=x.one_copy_per_node,
     )
-    expert = np.where(has_experts, expert_share * dispatch * (1.0 - c.expert_hidden), 0.0)
+    expert = np.where(has_experts, expert_share * dispatch * (1.0 - c.expert_hidden * x.overlap_experts), 0.0)
 
     # --- a layer, forward and backward, with what is computed again ---
     again = {
@@ -172,7 +175,9 @@ def step_parts(
         + again["elementwise"] * elementwise[0]
     )
     busy = sum(kernels.values()) + repeated
-    host = c.launch_s * np.where(x.fused > 0, 0.5, 1.0) * (1.0 + 0.5 * (x.recompute == 3))
+    repeats = _choose(x.recompute, 0.0, 0.05, 0.2, 1.0 / 3.0)
+    fewer = np.where(x.few_launches > 0, c.launch_fused, 1.0)
+    host = c.launch_s * fewer * (1.0 + repeats) * (1.0 + c.launch_tensor * (x.tp > 1))
     launch = soft_max(busy, host + 0.0 * busy, 8.0) - busy
     tensor = tensor * (2.0 + again["network"])
     context = context * (3.0 + again["attention"])
@@ -194,6 +199,9 @@ def step_parts(
     shard_backward = _exposed(gather + scatter, busy - forward_busy, c)
     shard_zero2 = _exposed(scatter, busy - forward_busy, c)
     shard = np.where(sharded, shard_forward + shard_backward, np.where(gradients_too, shard_zero2, 0.0))
+    # In a pipeline, weights are gathered once a step and kept until its last micro-batch (PipelineStage with FSDP2).
+    kept = (x.pp > 1) & (x.sharding >= 2)
+    shard = np.where(kept, 0.0, shard)
 
     # --- stages ---
     most, first, last = stage_layers(shape.layers, x.pp, x.chunks)
@@ -247,7 +255,12 @@ def step_parts(
             c,
         ),
     )
-    summed = sum_dense + sum_expert
+    gathered_once = np.where(
+        kept,
+        network.ring_s((2.0 + x.gradient_bytes) * (held_dense + held_expert), x.shard, stride, hardware, c),
+        0.0,
+    )
+    summed = sum_dense + sum_expert + gathered_once
     one_pass = paced * layer / x.chunks
     hidden = np.minimum(summed * c.data_hidden, one_pass) * x.overlap_data
     data = summed - hidden

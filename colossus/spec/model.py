@@ -3,7 +3,7 @@
 `ModelSpec.parameters()` is the one table that everything else reads: the built model has exactly these
 parameters (a test compares them), the optimizer groups by their role, the initialiser takes their spread,
 the checkpoint checks their shapes, and the counts of parameters, FLOPs and bytes are sums over it.
-The parts are in `parts.py`, the table in `parameters.py`.
+The parts are in `parts.py`, `positions.py` and `lookups.py`, the table in `parameters.py`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from colossus.spec import parameters as table
-from colossus.spec.base import Frozen
+from colossus.spec.base import Frozen, Positive, PositiveFloat
+from colossus.spec.lookups import NgramSpec, RecallSpec
 from colossus.spec.parameters import LayerGroup, ParameterSpec, Role
 from colossus.spec.parts import (
     Activation,
@@ -24,22 +25,16 @@ from colossus.spec.parts import (
     FirstLayers,
     LatentAttentionSpec,
     LayerNormSpec,
-    Llama3Scaling,
     MlpSpec,
     MoeSpec,
-    NgramSpec,
     NormPlacement,
     NormSpec,
-    Positive,
-    PositiveFloat,
-    RecallSpec,
-    RopeSpec,
     RouterGroups,
     RouterSpec,
     SharedMlpSpec,
     WindowSpec,
-    YarnScaling,
 )
+from colossus.spec.positions import Llama3Scaling, RopeSpec, YarnScaling
 
 __all__ = [
     "BYTES_PER_ELEMENT",

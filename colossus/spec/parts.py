@@ -1,16 +1,15 @@
-"""The parts that a model is made of, as numbers. Where a model may have one of several, a union of types says so.
+"""The parts that a layer is made of, as numbers. Where it may have one of several, a union of types says so.
 
 A part of a union has a `kind`; `ModelSpec` takes the first of each union where it is left out.
 """
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from colossus.spec.base import Frozen
+from colossus.spec.base import Frozen, Positive, PositiveFloat
+from colossus.spec.positions import RopeSpec
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Activation = Literal["swiglu", "geglu", "gelu", "squared_relu", "clamped_swiglu"]
 
 
@@ -23,46 +22,6 @@ def _kind_or(default: str) -> Discriminator:
         return getattr(value, "kind", default)
 
     return Discriminator(kind)
-
-
-# --- positions ---
-
-
-class Llama3Scaling(Frozen):
-    """Llama 3.1's stretched rotations (`rope_type = "llama3"`): wavelengths above `original_context_tokens` /
-    `low_frequency_factor` grow by `factor`, those below `original_context_tokens` / `high_frequency_factor` stay,
-    and between the two it is interpolated."""
-
-    kind: Literal["llama3"] = "llama3"
-    factor: Annotated[float, Field(ge=1)]
-    original_context_tokens: Positive
-    low_frequency_factor: PositiveFloat = 1.0
-    high_frequency_factor: PositiveFloat = 4.0
-
-
-class YarnScaling(Frozen):
-    """YaRN (arXiv:2309.00071): channels that turn fewer than `beta_slow` times within `original_context_tokens`
-    are slowed by `factor`, those that turn more than `beta_fast` times stay; scores q·k are multiplied by
-    (0.1 · `magnitude` · ln(factor) + 1)²."""
-
-    kind: Literal["yarn"] = "yarn"
-    factor: Annotated[float, Field(ge=1)]
-    original_context_tokens: Positive
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    magnitude: Annotated[float, Field(ge=0)] = 1.0
-    whole_channels: bool = True
-    """The channels from which and up to which it is interpolated are rounded outward to whole ones."""
-
-
-class RopeSpec(Frozen):
-    """Rotary positions (arXiv:2104.09864), rotating the two halves of each head."""
-
-    base: Annotated[float, Field(gt=1)] = 10_000.0
-    rotated_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """The share of a head's channels that turn; the others carry no position."""
-    scaling: Annotated[Llama3Scaling | YarnScaling, Field(discriminator="kind")] | None = None
-    """How rotations are stretched to reach further than the training context."""
 
 
 # --- norms ---
@@ -90,41 +49,6 @@ class LayerNormSpec(Frozen):
 
 AnyNorm = Annotated[Annotated[NormSpec, Tag("rms")] | Annotated[LayerNormSpec, Tag("layer")], _kind_or("rms")]
 NormPlacement = Literal["pre", "post", "sandwich"]
-
-
-# --- embeddings ---
-
-
-def _rising(orders: tuple[int, ...]) -> tuple[int, ...]:
-    if list(orders) != sorted(set(orders)):
-        raise ValueError(f"{list(orders)} must rise, each order named once: each has rows of its own")
-    return orders
-
-
-class NgramSpec(Frozen):
-    """Embeddings of the last n tokens together, looked up by hash in a table of `num_rows` rows per order n
-    (over-tokenised inputs, arXiv:2501.16975): capacity that costs no matmul."""
-
-    orders: Annotated[
-        tuple[Annotated[int, Field(ge=2, le=5)], ...],
-        Field(strict=False, min_length=1),
-        AfterValidator(_rising),
-    ] = (2, 3)
-    num_rows: Positive = 65_536
-
-
-class RecallSpec(Frozen):
-    """An embedding of what came next the last time: of the token that followed the latest earlier occurrence,
-    in the same document, of the n tokens that end here, for the longest n of `orders` that has occurred.
-
-    What an induction head (arXiv:2209.11895) has to learn, two layers deep, is here from the first step.
-    """
-
-    orders: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=5)], ...],
-        Field(strict=False, min_length=1),
-        AfterValidator(_rising),
-    ] = (1, 2, 3, 4)
 
 
 # --- attention ---
@@ -258,6 +182,7 @@ AnyAttention = Annotated[
 
 
 # --- feed-forward ---
+
 
 GATED: frozenset[Activation] = frozenset({"swiglu", "geglu", "clamped_swiglu"})
 

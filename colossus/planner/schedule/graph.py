@@ -7,6 +7,7 @@ built once per shape and kept; only the longest path is run again.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +44,9 @@ class Graph:
     """First row and end of every level."""
 
 
-def durations(forward_s: Floats, backward_input_s: Floats, backward_weight_s: Floats, overlapped_s: Floats) -> Floats:
+def durations(
+    forward_s: Floats, backward_input_s: Floats, backward_weight_s: Floats, overlapped_s: Floats
+) -> Floats:
     """The times of all kinds of operations as rows (kinds · p · v, n), from four arrays of (n, p, v)."""
     whole = backward_input_s + backward_weight_s
     table = np.stack([forward_s, whole, backward_input_s, backward_weight_s, overlapped_s])
@@ -74,7 +77,7 @@ def graph(schedule: Schedule, num_stages: int, num_chunks: int, num_micro_batche
     ends = np.flatnonzero(np.diff(level[by_level], append=-1)) + 3
     return Graph(
         ops=ops,
-        rows=tuple(row[first:end] for first, end in zip(offsets, offsets[1:], strict=False)),
+        rows=tuple(row[first:end] for first, end in pairwise(offsets)),
         duration_rows=np.concatenate([[0, 0], ((kind * p + of_rank) * v + chunk)[by_level]]),
         before=np.concatenate([[START, START], row[before[by_level]]]),
         inputs=tuple(np.concatenate([[NEVER, NEVER], row[waits[by_level]]]) for waits in inputs),
@@ -152,21 +155,30 @@ def _levels(offsets: Ints, inputs: tuple[Ints, ...]) -> Ints:
             index += 1
         at[rank] = index
     if num_done < len(level):
-        raise RuntimeError(f"the order of operations waits for itself: {len(level) - num_done} can never start")
+        raise RuntimeError(
+            f"the order of operations waits for itself: {len(level) - num_done} can never start"
+        )
     return np.array(level)
 
 
-def ends_s(graph: Graph, durations_s: Floats, send_s: Floats) -> Floats:
-    """When every operation ends (2 + operations, n): the longest path for each of n sets of times.
+def ends_s(graph: Graph, times: Floats, send_s: Floats, arrived_s: Floats | None = None) -> Floats:
+    """When every operation ends (rows, n): the longest path for each of n sets of times.
 
-    `durations_s` is what `durations` returns; `send_s` (n,) is what an input takes from rank to rank.
+    `times` (rows, n) is `durations(…)[graph.duration_rows]`; `send_s` (n,) is what an input takes from rank to rank;
+    `arrived_s` (num_given, n) are the ends that are known beforehand.
     """
-    times = durations_s[graph.duration_rows]
     num_sets = times.shape[1]
+    given = np.concatenate([np.zeros((1, num_sets)), np.full((1, num_sets), -np.inf)])
+    if arrived_s is not None:
+        given = np.concatenate([given, arrived_s])
     if num_sets <= FEW:
-        return np.array([_ends_one(graph, times[:, i].tolist(), float(send_s[i])) for i in range(num_sets)]).T
+        sets = [
+            _ends_one(graph, given[:, i].tolist(), times[len(given) :, i].tolist(), float(send_s[i]))
+            for i in range(num_sets)
+        ]
+        return np.array(sets).T
     ends = np.empty_like(times)
-    ends[START], ends[NEVER] = 0.0, -np.inf
+    ends[: len(given)] = given
     widest = max(end - first for first, end in graph.levels)
     starts, arrived = np.empty((widest, num_sets)), np.empty((widest, num_sets))
     for first, end in graph.levels:
@@ -181,16 +193,35 @@ def ends_s(graph: Graph, durations_s: Floats, send_s: Floats) -> Floats:
     return ends
 
 
-def _ends_one(graph: Graph, times: list[float], send_s: float) -> list[float]:
-    ends = [0.0, -np.inf]
-    before = graph.before.tolist()
+def _ends_one(graph: Graph, ends: list[float], times: list[float], send_s: float) -> list[float]:
+    first = len(ends)
+    before = graph.before[first:].tolist()
     append = ends.append
     if len(graph.inputs) == 1:
-        for i, j, time in zip(before[2:], graph.inputs[0].tolist()[2:], times[2:], strict=True):
+        for i, j, time in zip(before, graph.inputs[0][first:].tolist(), times, strict=True):
             start, arrives = ends[i], ends[j] + send_s
             append((start if start >= arrives else arrives) + time)
     else:
-        forwards, gradients = (waits.tolist()[2:] for waits in graph.inputs)
-        for i, j, k, time in zip(before[2:], forwards, gradients, times[2:], strict=True):
+        forwards, gradients = (waits[first:].tolist() for waits in graph.inputs)
+        for i, j, k, time in zip(before, forwards, gradients, times, strict=True):
             append(max(ends[i], ends[j] + send_s, ends[k] + send_s) + time)
     return ends
+
+
+def part(whole: Graph, given: Ints, rows: Ints) -> Graph:
+    """The operations `rows` (ascending) alone, when those of `given` have ended already."""
+    new_row = np.full(len(whole.before), -1)
+    new_row[[START, NEVER]] = START, NEVER
+    new_row[given] = 2 + np.arange(len(given))
+    first_row = 2 + len(given)
+    new_row[rows] = first_row + np.arange(len(rows))
+    pad = np.full(first_row, NEVER)
+    bounds = [first_row + np.searchsorted(rows, edge) for edge in (2, *(end for _, end in whole.levels))]
+    return Graph(
+        ops=whole.ops,
+        rows=(),
+        duration_rows=np.concatenate([np.zeros(first_row, np.intp), whole.duration_rows[rows]]),
+        before=np.concatenate([pad, new_row[whole.before[rows]]]),
+        inputs=tuple(np.concatenate([pad, new_row[waits[rows]]]) for waits in whole.inputs),
+        levels=tuple((int(a), int(b)) for a, b in pairwise(bounds) if a < b),
+    )

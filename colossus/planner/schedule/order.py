@@ -70,7 +70,9 @@ def check_shape(schedule: Schedule, num_stages: int, num_chunks: int, num_micro_
             f"{num_chunks} and {num_micro_batches}."
         )
     if schedule == "none" and num_stages > 1:
-        raise ConfigError(f"Schedule 'none' is for one rank, and the pipeline has {num_stages}; '1f1b' would work.")
+        raise ConfigError(
+            f"Schedule 'none' is for one rank, and the pipeline has {num_stages}; '1f1b' would work."
+        )
     if schedule in V_SHAPED and num_chunks != 2:
         raise ConfigError(f"{schedule} needs 2 chunks per rank, got {num_chunks}.")
     if schedule not in V_SHAPED and schedule != "interleaved" and num_chunks != 1:
@@ -123,7 +125,9 @@ def grouped_order(
 
 
 def _one_forward_one_backward(v: int, m: int, group: int, warmup: int) -> tuple[Op, ...]:
-    forwards = [(chunk, i) for first in range(0, m, group) for chunk in range(v) for i in range(first, first + group)]
+    forwards = [
+        (chunk, i) for first in range(0, m, group) for chunk in range(v) for i in range(first, first + group)
+    ]
     backwards = [(v - 1 - chunk, i) for chunk, i in forwards]
     warmup = min(warmup, m * v)
     ops = [Op("forward", *forward) for forward in forwards[:warmup]]

@@ -1,25 +1,37 @@
 """Makespans of many sets of stage times at once, without simulating every micro-batch.
 
-Between filling and emptying, a pipeline repeats itself. Its graph is simulated with few micro-batches and cut in the
-repeating part; the ends of the operations on the cut (those that a later operation waits for) decide all that comes
-after. If they are all `d` later than the same operations one period before, every further period takes exactly `d`.
-If they are between d_min and d_max later, so they are in every period to come, because a longest path can neither
-catch up nor fall behind by more than its inputs did (the map from cut to cut is max-plus linear; Baccelli et al.,
-"Synchronization and Linearity", 1992). So the number of micro-batches grows until that range is narrow enough.
+Between filling and emptying, a pipeline repeats itself. Its graph is cut there into three parts: filling, one period,
+emptying. The ends of the operations on a cut (those that a later operation waits for) decide all that comes after, so
+the period can be run as often as needed. As soon as the ends on a cut are all `d` later than those q periods before,
+every further q periods take exactly `d`. If they are between d_min and d_max later, so they are for ever, because a
+longest path can neither catch up nor fall behind by more than its inputs did (the map from cut to cut is max-plus
+linear and therefore nonexpansive; Baccelli, Cohen, Olsder and Quadrat, "Synchronization and Linearity", 1992). So the
+periods are run only until that range is narrow enough, and the error is known.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from colossus.planner.schedule.graph import Floats, Graph, Ints, durations, ends_s, graph
-from colossus.planner.schedule.order import Op, Schedule, check_shape, micro_batch_group
+from colossus.planner.schedule.graph import NEVER, Floats, Graph, Ints, durations, ends_s, graph, part
+from colossus.planner.schedule.order import (
+    V_SHAPED,
+    Op,
+    Schedule,
+    check_shape,
+    grouped_order,
+    micro_batch_group,
+)
 from colossus.planner.schedule.times import StageTimes, check_times
+
+Bools = NDArray[np.bool_]
 
 SETS_AT_ONCE = 128
 """More sets of times than these do not fit the caches, and are slower per set (measured)."""
+PERIODS_PER_LOOK = 8
+"""How often to look whether a pipeline repeats itself."""
 ROUNDING = 1e-12
 """What adding up thousands of floating-point times may differ by, as a share of the sum."""
 
@@ -68,10 +80,17 @@ def makespans_s(
         return _without_waiting_for_gradients(sets.forward_s, sets.backward_s, sets.send_s, m)
     group = micro_batch_group(p, m) if schedule == "interleaved" else 1
     table = durations(sets.forward_s, sets.backward_input_s, sets.backward_weight_s, sets.overlapped_s)
+    parts = _steady(schedule, p, v, group)
     result = np.empty(num_sets)
     for first in range(0, num_sets, SETS_AT_ONCE):
         some = slice(first, first + SETS_AT_ONCE)
-        result[some] = _extrapolated(schedule, p, v, m, group, table[:, some], sets.send_s[some], relative_error)
+        if parts is None or parts.num_micro_batches > m:
+            whole = graph(schedule, p, v, m, group)
+            ends = ends_s(whole, table[whole.duration_rows, some], sets.send_s[some])
+            result[some] = ends[2:].max(axis=0)
+        else:
+            more = (m - parts.num_micro_batches) // group
+            result[some] = _extrapolated(parts, more, table[:, some], sets.send_s[some], relative_error)
     return result
 
 
@@ -83,97 +102,159 @@ def _without_waiting_for_gradients(forward_s: Floats, backward_s: Floats, send_s
 
 
 def _extrapolated(
-    schedule: Schedule,
-    p: int,
-    v: int,
-    m: int,
-    group: int,
+    steady: "Steady", num_periods: int, durations_s: Floats, send_s: Floats, relative_error: float
+) -> Floats:
+    """The makespans (n,) with the repeating part run `num_periods` times more than in `steady`."""
+    state = ends_s(steady.filling, durations_s[steady.filling.duration_rows], send_s)[steady.filling_to_cut]
+    if num_periods:
+        state = _after_periods(steady, state, num_periods, durations_s, send_s, relative_error)
+    ends = ends_s(steady.emptying, durations_s[steady.emptying.duration_rows], send_s, state)
+    return np.asarray(ends[2:].max(axis=0))
+
+
+def _after_periods(
+    steady: "Steady",
+    state: Floats,
+    num_periods: int,
     durations_s: Floats,
     send_s: Floats,
     relative_error: float,
 ) -> Floats:
-    result = np.empty(len(send_s))
-    rest = np.arange(len(send_s))
-    few = reduced_micro_batches(schedule, p, v, m, group)
-    while len(rest):
-        small = steady(schedule, p, v, few, group)
-        ends = ends_s(small.graph, durations_s[:, rest], send_s[rest])
-        makespan = ends[2:].max(axis=0)
-        num_skipped = (m - few) // group
-        if num_skipped == 0:
-            result[rest] = makespan
-            break
-        per_period = ends[small.cut] - ends[small.cut_before]
-        slow, fast = per_period.max(axis=0), per_period.min(axis=0)
-        result[rest] = makespan + num_skipped * (slow + fast) / 2
-        allowed = np.maximum(relative_error, ROUNDING) * result[rest]
-        rest = rest[num_skipped * (slow - fast) / 2 > allowed]
-        few = min(m, 2 * few)
+    """The ends on the cut (cut, n), `num_periods` later: period by period until the rest of them can be foreseen."""
+    result = np.empty_like(state)
+    rest = np.arange(state.shape[1])
+    times = durations_s[steady.period.duration_rows]
+    past = [state]
+    for period in range(1, num_periods + 1):
+        ends = ends_s(steady.period, times, send_s, past[-1])
+        past.append(ends[steady.period_to_cut])
+        if period == num_periods:
+            result[:, rest] = past[-1]
+        elif period in (1, 2, 3) or period % PERIODS_PER_LOOK == 0:
+            foreseen, error = _foreseen(past, num_periods - period, steady.most_periods)
+            done = error <= max(relative_error, ROUNDING) * foreseen.max(axis=0)
+            result[:, rest[done]] = foreseen[:, done]
+            rest = rest[~done]
+            if not len(rest):
+                break
+            if done.any():
+                # np.compress keeps the rows contiguous, which indexing does not.
+                times, send_s = np.compress(~done, times, axis=1), send_s[~done]
+            past = [np.compress(~done, earlier, axis=1) for earlier in past[-1 - steady.most_periods :]]
     return result
+
+
+def _foreseen(past: list[Floats], num_periods: int, most: int) -> tuple[Floats, Floats]:
+    """The ends on the cut (cut, n) `num_periods` after the last of `past`, and by how much they may be wrong (n,).
+
+    A pipeline may repeat itself only after several periods, as 1F1B does when it waits for sends: the number of
+    periods is tried for which the error is least.
+    """
+    foreseen = np.empty_like(past[-1])
+    least = np.full(foreseen.shape[1], np.inf)
+    for lag in range(1, min(most, len(past) - 1) + 1):
+        change = past[-1] - past[-1 - lag]
+        slow, fast = change.max(axis=0), change.min(axis=0)
+        repeats, over = divmod(num_periods, lag)
+        error = (repeats + 1) * (slow - fast) / 2
+        better = error < least
+        if better.any():
+            reached = past[-1 - lag + over] + (repeats + 1) * (slow + fast) / 2
+            foreseen[:, better] = reached[:, better]
+            least[better] = error[better]
+    return foreseen, least
 
 
 @dataclass(frozen=True, eq=False)
 class Steady:
-    """A graph with few micro-batches, and where more of them would be put in."""
+    """A pipeline in three parts; the ends on a cut are all that one part hands to the next."""
 
-    graph: Graph
-    cut: Ints
-    """Rows of the operations before the cut for which an operation after it waits."""
-    cut_before: Ints
-    """The same operations one period earlier; no rows when the graph is too small to repeat."""
-
-
-@lru_cache(maxsize=64)
-def reduced_micro_batches(schedule: Schedule, p: int, v: int, m: int, group: int) -> int:
-    """How few micro-batches to begin with: the fewest with a repeating part, and a pipeline's depth more."""
-    few = 2 * p + 1 if schedule != "interleaved" else 2 * group
-    while few < m and not len(steady(schedule, p, v, few, group).cut):
-        few += max(1, p // 4) if schedule != "interleaved" else group
-    return min(m, few + (p if schedule != "interleaved" else 0))
+    filling: Graph
+    filling_to_cut: Ints
+    """The rows of `filling` that are the cut."""
+    period: Graph
+    period_to_cut: Ints
+    emptying: Graph
+    num_micro_batches: int
+    """With the repeating part run once."""
+    most_periods: int
+    """After at most so many periods it repeats itself in all cases that were seen."""
 
 
 @lru_cache(maxsize=64)
-def steady(schedule: Schedule, p: int, v: int, m: int, group: int) -> Steady:
-    """The graph of `m` micro-batches, cut just before the first rank runs out of forwards."""
+def _steady(schedule: Schedule, p: int, v: int, group: int) -> Steady | None:
+    """The parts of a pipeline with as few micro-batches as have a part that repeats; None when none is found."""
+    few = 2 * group if schedule == "interleaved" else 2 * p + 1
+    step = group if schedule == "interleaved" else max(1, p // 4)
+    for num_micro_batches in range(few, 8 * few, step):
+        parts = _cut(schedule, p, v, num_micro_batches, group)
+        if parts is not None:
+            return parts
+    return None
+
+
+def _cut(schedule: Schedule, p: int, v: int, m: int, group: int) -> Steady | None:
+    """The graph of `m` micro-batches cut just before a rank runs out of forwards; None when that is too early."""
     whole = graph(schedule, p, v, m, group)
-    nothing = Steady(whole, np.empty(0, np.intp), np.empty(0, np.intp))
-    last_forwards = [
-        rows[max(i for i, op in enumerate(ops) if op.kind in ("forward", "forward_backward"))]
+    length = {"zb-h1": 3, "zbv": 6, "dualpipev": 2}.get(schedule, 2 * v * group)
+    # In a V the first chunk's forwards run out before the second's, and with them the repeating part ends.
+    chunks = {0} if schedule in V_SHAPED else {v - 1}
+    last = min(
+        rows[
+            max(
+                i
+                for i, op in enumerate(ops)
+                if op.kind in ("forward", "forward_backward") and op.chunk in chunks
+            )
+        ]
         for ops, rows in zip(whole.ops, whole.rows, strict=True)
-    ]
-    cut = next(first for first, end in whole.levels if end > min(last_forwards))
-    lengths = np.array([np.searchsorted(rows, cut) for rows in whole.rows])
-    period = _operations_per_period(schedule, v, group)
-    if (lengths < period).any():
-        return nothing
-    rank = np.zeros(len(whole.before), np.intp)
-    place = np.zeros(len(whole.before), np.intp)
-    for index, rows in enumerate(whole.rows):
-        rank[rows], place[rows] = index, np.arange(len(rows))
-    now = _waited_for(whole, place < lengths[rank])
-    earlier = _waited_for(whole, place < (lengths - period)[rank])
-    if (place[now] < period).any():
-        return nothing
-    shifted = np.array([whole.rows[rank[row]][place[row] - period] for row in now])
-    if set(shifted) != set(earlier):
-        return nothing
-    if any(
-        whole.ops[rank[row]][place[row]] != _later(whole.ops[rank[row]][place[row] - period], group) for row in now
-    ):
-        return nothing
-    return Steady(whole, now, shifted)
+    )
+    row_at_cut = next(first for first, end in whole.levels if end > last)
+    cuts = [int(np.searchsorted(rows, row_at_cut)) for rows in whole.rows]
+    longer = grouped_order(schedule, p, v, m + group, group)
+    for ops, with_one_more, cut in zip(whole.ops, longer, cuts, strict=True):
+        repeated = [_later(op, group) for op in ops[max(0, cut - length) :]]
+        if cut < length or with_one_more != (*ops[:cut], *repeated):
+            return None
+    place = np.full(len(whole.before), -1)  # relative to the cut of the rank
+    for rows, cut in zip(whole.rows, cuts, strict=True):
+        place[rows] = np.arange(len(rows)) - cut
+    place[:2] = -len(place)
+    waited = _waited_for(whole, place >= 0)
+    waited_before = _waited_for(whole, place >= -length)
+    earlier = np.empty(len(whole.before), np.intp)
+    for rows in whole.rows:
+        earlier[rows[length:]] = rows[:-length]
+        earlier[rows[:length]] = -1
+    if not np.array_equal(np.sort(earlier[waited]), waited_before):
+        return None
+    filled, repeating, emptied = (
+        np.flatnonzero(rows) for rows in ((place < 0), (place < 0) & (place >= -length), place >= 0)
+    )
+    filled = filled[2:]
+    period = part(whole, earlier[waited], repeating)
+    return Steady(
+        filling=part(whole, np.empty(0, np.intp), filled),
+        filling_to_cut=2 + np.searchsorted(filled, waited),
+        period=period,
+        period_to_cut=_rows_in_period(waited, earlier[waited], repeating),
+        emptying=part(whole, waited, emptied),
+        num_micro_batches=m,
+        most_periods=p,
+    )
 
 
-def _operations_per_period(schedule: Schedule, v: int, group: int) -> int:
-    """How many operations a rank runs for `group` micro-batches in the repeating part."""
-    return {"zb-h1": 3, "zbv": 6, "dualpipev": 2}.get(schedule, 2 * v * group)
+def _rows_in_period(waited: Ints, given: Ints, repeating: Ints) -> Ints:
+    """Where the cut is among the rows of the period: what it ran itself, or was given and hands on."""
+    at = {int(row): 2 + index for index, row in enumerate(given)}
+    at |= {int(row): 2 + len(given) + index for index, row in enumerate(repeating)}
+    return np.array([at[int(row)] for row in waited])
 
 
-def _waited_for(whole: Graph, is_before: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ints:
-    is_before[:2] = False
-    after = np.flatnonzero(~is_before)[2:]
-    waited = np.unique(np.concatenate([waits[after] for waits in (whole.before, *whole.inputs)]))
-    return waited[is_before[waited]]
+def _waited_for(whole: Graph, is_after: Bools) -> Ints:
+    """The rows before a cut for which a row after it waits."""
+    waited = np.unique(np.concatenate([waits[is_after] for waits in (whole.before, *whole.inputs)]))
+    return np.asarray(waited[(waited > NEVER) & ~is_after[waited]])
 
 
 def _later(op: Op, num_micro_batches: int) -> Op:
