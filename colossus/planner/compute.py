@@ -68,9 +68,10 @@ def linear_s(
     if wide:
         return forward, backward
     cast = hardware.narrow * constants.cast_passes * groups
+    scale_s = hardware.narrow * constants.scale_s
     return (
-        forward + memory_s(cast * 4.0 * tokens * inputs, hardware, constants),
-        backward + memory_s(cast * 4.0 * tokens * outputs, hardware, constants),
+        forward + memory_s(cast * 4.0 * tokens * inputs, hardware, constants) + scale_s,
+        backward + memory_s(cast * 4.0 * tokens * outputs, hardware, constants) + 2.0 * scale_s,
     )
 
 

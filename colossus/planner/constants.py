@@ -59,6 +59,8 @@ class Constants(Columns):
     """The same for norms and residual sums, which unfused run in 4 bytes."""
     cast_passes: Array
     """Casts to 8 bits: traffic over the least."""
+    scale_s: Array
+    """What finding and applying scales costs each matmul in 8 bits, whatever its size."""
     scale_up: Array
     nic: Array
     """Share of the links' rates that collectives reach."""
