@@ -22,7 +22,7 @@ from colossus.spec.config import to_toml
 from colossus.spec.data import DataConfig, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
 from colossus.spec.model import Activation, AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramSpec, RecallSpec
-from colossus.spec.plan import Memory
+from colossus.spec.rank import Memory
 from colossus.spec.run import AdamW, Batch, Fixed, Muon, RunConfig
 from colossus.units import format_bytes
 from recipes import RECIPES

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from colossus.spec.duration import Duration
     from colossus.spec.model import ModelSpec
     from colossus.spec.plan import Plan
+    from colossus.spec.rank import RankPlan
     from colossus.spec.run import RunConfig
     from colossus.trainer.run import resume
     from colossus.trainer.run import start as train
@@ -22,6 +23,7 @@ _HOMES = {
     "Duration": ("colossus.spec.duration", "Duration"),
     "ModelSpec": ("colossus.spec.model", "ModelSpec"),
     "Plan": ("colossus.spec.plan", "Plan"),
+    "RankPlan": ("colossus.spec.rank", "RankPlan"),
     "RunConfig": ("colossus.spec.run", "RunConfig"),
     "RunDirectory": ("colossus.observe.run_directory", "RunDirectory"),
     "Sampling": ("colossus.generate", "Sampling"),
@@ -38,6 +40,7 @@ __all__ = [
     "Duration",
     "ModelSpec",
     "Plan",
+    "RankPlan",
     "RunConfig",
     "RunDirectory",
     "Sampling",

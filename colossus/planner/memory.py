@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from colossus.spec.model import BYTES_PER_ELEMENT, Dtype, ModelSpec
-from colossus.spec.plan import Machine, Memory
+from colossus.spec.rank import Machine, Memory
 from colossus.spec.run import Muon, RunConfig
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 512

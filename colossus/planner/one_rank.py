@@ -3,7 +3,7 @@
 from colossus.errors import ConfigError
 from colossus.planner.memory import step_memory
 from colossus.spec.model import Dtype
-from colossus.spec.plan import Estimate, Layout, Machine, Plan
+from colossus.spec.rank import RankEstimate, Layout, Machine, RankPlan
 from colossus.spec.run import RunConfig
 from colossus.units import format_bytes, format_seconds
 
@@ -22,7 +22,7 @@ COMPILE_CACHED_S = 5.0
 _ASKED_FOR = "asked for by the configuration's [fixed]"
 
 
-def plan_one_rank(config: RunConfig, machine: Machine) -> Plan:
+def plan_one_rank(config: RunConfig, machine: Machine) -> RankPlan:
     """The plan for `config` on one chip of `machine`, each choice with its reason.
 
     Raises ConfigError when not even one sequence at a time fits the memory.
@@ -38,7 +38,7 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> Plan:
     micro_batch = _micro_batch(config, machine, dtype, chunk, reasons)
     flops = model.flops_per_token(batch.sequence_tokens) * batch.tokens
     step_time_s = flops / (ASSUMED_MFU * machine.matmul_flops[dtype])
-    return Plan(
+    return RankPlan(
         layout=Layout(),
         machine=machine,
         micro_batch_sequences=micro_batch,
@@ -47,7 +47,7 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> Plan:
         dtype=dtype,
         compile=_compile(config, machine, step_time_s, reasons),
         loss_chunk_tokens=chunk,
-        estimate=Estimate(
+        estimate=RankEstimate(
             memory=step_memory(config, machine, dtype, micro_batch, chunk),
             flops_per_step=flops,
             step_time_s=step_time_s,

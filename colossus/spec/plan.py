@@ -1,11 +1,28 @@
-"""The plan: how one step is laid out on the machine. The trainer executes it, with no settings beside it."""
+"""The plan: how a model trains on a fleet, as one frozen value.
 
+The planner prints it, the simulator rehearses it, the launcher submits it, the trainer executes it. A plan file
+holds the plan and its fingerprint, so that one that was edited or cut short is refused.
+"""
+
+import json
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from colossus.errors import ConfigError
 from colossus.spec.base import Frozen
-from colossus.spec.model import Dtype, Positive
+from colossus.spec.fleet import Fleet, NonNegative, Precision
+from colossus.spec.goal import Goal
+from colossus.spec.model import ModelSpec, Positive
+from colossus.spec.ranged import Ranged
+
+Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"]
+Recompute = Literal["none", "selective", "alternate", "full"]
+"""What the backward pass computes again. `selective`: attention scores; `alternate`: those, elementwise parts and
+every other matmul; `full`: each layer from its input."""
+Sharding = Literal["none", "optimizer", "gradients", "weights"]
+"""What is split over the shard axis besides the samples: ZeRO stages 0 to 3 (arXiv:1910.02054); 3 is FSDP."""
 
 
 class Layout(Frozen):
@@ -25,88 +42,161 @@ class Layout(Frozen):
     def num_ranks(self) -> int:
         return self.replica * self.pp * self.shard * self.cp * self.tp
 
-
-Float32Library = Literal["default", "onednn"]
-"""Who computes float32 matmuls on a CPU: torch's default (MKL or OpenBLAS), or oneDNN."""
-
-
-class Machine(Frozen):
-    """The machine at hand as the planner sees it; rates are measured, not looked up."""
-
-    chip: str
-    """What the system calls the processor or GPU."""
-    kind: str
-    """Torch's name of the device type: `cpu` or `cuda`."""
-    num_threads: Positive
-    memory_bytes: Positive
-    baseline_bytes: Annotated[int, Field(ge=0)]
-    """What the process holds before it builds a model: interpreter, torch, tokenizer."""
-    matmul_flops: dict[Dtype, float]
-    """FLOP/s of a large square matmul in each dtype, with `num_threads` threads."""
-    float32_library: Float32Library = "default"
-    """The faster one that keeps float32's precision."""
-    compiled_before: bool
-    """Whether torch.compile's cache holds kernels for this model and batch: compiling then takes seconds."""
+    @property
+    def group_ranks(self) -> int:
+        """Ranks of one replica group, which holds one whole copy of the model."""
+        return self.pp * self.shard * self.cp * self.tp
 
 
-class Memory(Frozen):
-    """Bytes that one rank's process holds at its peak, by what holds them."""
+class PoolShare(Frozen):
+    """What the replica groups of one pool do in each step. Groups differ in nothing else."""
 
-    baseline_bytes: int
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    activation_bytes: int
-    loss_bytes: int
-    workspace_bytes: int = 0
-    """What arithmetic needs for itself: a layer's backward pass, the optimizer, the libraries."""
-    fragmentation_bytes: int = 0
-    """What the allocator holds and cannot use."""
-    checkpoint_bytes: int = 0
-    """The copy of the state that is written while training goes on."""
+    node: str
+    """The pool, by the name of its nodes."""
+    num_groups: Positive
+    micro_batch_sequences: Positive
+    num_micro_batches: Positive
+    """Per step, on each data-parallel rank of a group."""
+    recompute: Recompute
+    spare_nodes: NonNegative = 0
+    """Held ready to replace broken ones."""
+    idle_chips: NonNegative = 0
+    """Left over: no whole group fits into them."""
+    busy_s: float
+    """What one step takes these groups by themselves; the slowest pool sets the pace."""
+    memory_bytes: dict[str, int]
+    """On the fullest rank, by what holds it."""
+    memory_limit_bytes: Positive
 
     @property
-    def total_bytes(self) -> int:
-        return sum(self.model_dump().values())
+    def peak_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
 
 
 class Estimate(Frozen):
     """What the planner predicts, to be set beside what is measured."""
 
-    memory: Memory
-    flops_per_step: float
-    step_time_s: float
+    step_time_s: Ranged
+    step_parts_s: dict[str, float]
+    """Where the likely step time goes, on the rank that sets the pace; the parts add up to it."""
+    tokens_per_s: Ranged
+    mfu: Ranged
+    memory_bytes: Ranged
+    """Peak on the fullest rank of the fleet."""
+    days: Ranged
+    """Wall time of the whole run, interruptions included."""
+    goodput: Ranged
+    """Share of wall time spent on steps that are kept, with the better of the two policies of recovery."""
+    goodput_whole_job: Ranged
+    """The same when every failure restarts the whole job."""
+    interruptions_per_day: Ranged
+    interruptions_by_cause: dict[str, float]
+    checkpoint_interval_s: float
+    facility_watts: Ranged
+    energy_mwh: Ranged
+    water_m3: Ranged
+    co2_t: Ranged
+    cost_usd: Ranged
+    """Rented, where rents of all chips are known; else owned."""
+    cost_owned_usd: Ranged
+
+
+class Alternative(Frozen):
+    """The best plan that differs in one field."""
+
+    value: str
+    step_time_ratio: float
+    """Its seconds per token over the plan's."""
 
 
 class Plan(Frozen):
-    """One frozen value: printed by the planner, executed by the trainer."""
+    """How a model trains on a fleet; every choice with its reason."""
 
-    layout: Layout
-    machine: Machine
-    micro_batch_sequences: Positive
-    num_micro_batches: Positive
-    """Micro-batches that each replica group runs per step."""
+    model: ModelSpec
+    fleet: Fleet
+    goal: Goal
+    tokens: Positive
+    """Trained in the whole run."""
     sequence_tokens: Positive
-    dtype: Dtype
-    """What matmuls run in; weights and optimizer state are float32."""
-    compile: bool
-    loss_chunk_tokens: Positive
-    """Tokens whose logits stand in memory at once."""
+    precision: Precision
+    """What most matmuls run in; master weights and optimizer state are float32."""
+    layout: Layout
+    expert_tp: Positive = 1
+    """Ranks that one expert is split over."""
+    sharding: Sharding
+    schedule: Schedule
+    virtual_stages: Positive = 1
+    stage_layers: tuple[NonNegative, ...]
+    """Layers of each pipeline rank."""
+    pools: Annotated[tuple[PoolShare, ...], Field(min_length=1)]
     estimate: Estimate
     reasons: dict[str, str]
-    """Why each field is what it is, by field name, a sentence each."""
+    """Why each field is what it is, a sentence each."""
+    alternatives: dict[str, Alternative] = Field(default_factory=dict)
+    """By field: what the next-best choice would have cost."""
+    advice: tuple[str, ...] = ()
+    """The few sentences an expert would say."""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        groups = sum(pool.num_groups for pool in self.pools)
+        if groups != self.layout.replica:
+            raise ValueError(f"the pools run {groups} replica groups, and the layout has {self.layout.replica}")
+        if len(self.stage_layers) != self.layout.pp or sum(self.stage_layers) != self.model.num_layers:
+            raise ValueError(
+                f"{len(self.stage_layers)} stages of {sum(self.stage_layers)} layers, for pp {self.layout.pp} and "
+                f"{self.model.num_layers} layers"
+            )
+        return self
 
     @property
     def global_batch_sequences(self) -> int:
-        return self.layout.replica * self.num_micro_batches * self.micro_batch_sequences
+        return sum(
+            pool.num_groups * self.layout.shard * pool.micro_batch_sequences * pool.num_micro_batches
+            for pool in self.pools
+        )
 
     @property
     def step_tokens(self) -> int:
         return self.global_batch_sequences * self.sequence_tokens
 
-    @model_validator(mode="after")
-    def _reasons_are_of_fields(self) -> Self:
-        unknown = set(self.reasons) - set(type(self).model_fields)
-        if unknown:
-            raise ValueError(f"reasons given for what a plan does not have: {', '.join(sorted(unknown))}")
-        return self
+    @property
+    def num_steps(self) -> int:
+        return -(-self.tokens // self.step_tokens)
+
+    def to_json(self) -> str:
+        """The text of a plan file; `from_json` gives back an equal plan."""
+        plain = {"fingerprint": self.fingerprint(), "plan": self.model_dump(mode="json")}
+        return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, origin: str = "plan") -> Self:
+        """Raises ConfigError where the text is no plan file, was cut short, or was edited."""
+        try:
+            plain = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{origin} is not a plan file: {error}; it may have been cut short: plan again with --out"
+            ) from None
+        if not isinstance(plain, dict) or not isinstance(plain.get("plan"), dict):
+            raise ConfigError(f"{origin} is not a plan file: it lacks 'plan' and 'fingerprint'")
+        try:
+            plan = cls.model_validate_json(json.dumps(plain["plan"]))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{origin} is not a plan that can be run: {place}: {first['msg']}") from None
+        if plain.get("fingerprint") != plan.fingerprint():
+            raise ConfigError(
+                f"{origin} was edited after it was planned: its fingerprint is {plain.get('fingerprint')}, its content "
+                f"has {plan.fingerprint()}; plan again, fixing what you want with --fix"
+            )
+        return plan
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the plan {path}: {error}") from None
+        return cls.from_json(text, str(path))

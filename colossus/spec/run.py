@@ -9,7 +9,7 @@ from colossus.spec.base import Frozen
 from colossus.spec.data import DataConfig
 from colossus.spec.duration import Duration
 from colossus.spec.model import Dtype, ModelSpec, Positive
-from colossus.spec.plan import Plan
+from colossus.spec.rank import RankPlan
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -122,7 +122,7 @@ class RunConfig(Frozen):
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     fixed: Fixed = Fixed()
-    plan: Plan | None = None
+    plan: RankPlan | None = None
     """How it runs on the machine; None in what people write: the planner fills it in."""
 
     @model_validator(mode="after")

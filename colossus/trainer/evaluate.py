@@ -8,7 +8,7 @@ import torch
 
 from colossus.data import Corpus, heldout_windows
 from colossus.models import Decoder
-from colossus.spec.plan import Plan
+from colossus.spec.rank import RankPlan
 from colossus.trainer.step import loss_sums
 
 
@@ -25,7 +25,7 @@ class HeldOut:
 def evaluate(
     model: Decoder,
     corpus: Corpus,
-    plan: Plan,
+    plan: RankPlan,
     *,
     max_tokens: int | None = None,
     stop: Callable[[], bool] | None = None,

@@ -15,7 +15,7 @@ from colossus.models import build, chunked_cross_entropy
 from colossus.optim import build_optimizers, gradient_norm
 from colossus.spec.base import fingerprint
 from colossus.spec.model import AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramSpec, RecallSpec
-from colossus.spec.plan import Float32Library, Machine
+from colossus.spec.rank import Float32Library, Machine
 from colossus.spec.run import Muon, RunConfig
 from colossus.trainer.precision import DTYPES, float32_libraries, use_float32_library
 

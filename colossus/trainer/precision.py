@@ -3,7 +3,7 @@
 import torch
 
 from colossus.spec.model import Dtype
-from colossus.spec.plan import Float32Library
+from colossus.spec.rank import Float32Library
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

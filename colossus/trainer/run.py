@@ -34,7 +34,7 @@ from colossus.observe.summary import Summary
 from colossus.planner import plan_one_rank
 from colossus.spec.duration import Duration
 from colossus.spec.duration import Progress as RunProgress
-from colossus.spec.plan import Plan
+from colossus.spec.rank import RankPlan
 from colossus.spec.run import RunConfig
 from colossus.trainer.evaluate import evaluate
 from colossus.trainer.interrupts import Interrupts
@@ -149,13 +149,13 @@ def _reader(config: RunConfig, corpus: Corpus) -> BatchReader:
     return BatchReader(corpus, config.seed, config.batch.sequence_tokens, config.batch.sequences)
 
 
-def _plan_of(config: RunConfig) -> Plan:
+def _plan_of(config: RunConfig) -> RankPlan:
     if config.plan is None:
         raise RunError("the run's config.toml has no [plan], which says how it was trained; put it back")
     return config.plan
 
 
-def _check_plan(plan: Plan) -> None:
+def _check_plan(plan: RankPlan) -> None:
     kind = device_kind()
     if plan.machine.kind == "cuda" and kind != "cuda":
         raise ConfigError(

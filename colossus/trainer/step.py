@@ -7,7 +7,7 @@ from torch import Tensor
 
 from colossus.data import IGNORED, Batch
 from colossus.models import Decoder, chunked_cross_entropy
-from colossus.spec.plan import Plan
+from colossus.spec.rank import RankPlan
 from colossus.trainer.precision import DTYPES
 
 
@@ -28,7 +28,7 @@ def split(batch: Batch, sequences: int) -> list[Batch]:
     ]  # fmt: skip
 
 
-def loss_sums(model: Decoder, batch: Batch, plan: Plan, *, z_loss: float = 0.0) -> tuple[Tensor, Sums]:
+def loss_sums(model: Decoder, batch: Batch, plan: RankPlan, *, z_loss: float = 0.0) -> tuple[Tensor, Sums]:
     """The objective to differentiate (a sum over tokens) and the plain loss, of one micro-batch."""
     device = plan.machine.kind
     tokens, documents, targets = (
@@ -50,7 +50,7 @@ def loss_sums(model: Decoder, batch: Batch, plan: Plan, *, z_loss: float = 0.0) 
     return objective, Sums(loss, targets.numel())
 
 
-def accumulate_gradients(model: Decoder, batch: Batch, plan: Plan, *, z_loss: float = 0.0) -> Sums:
+def accumulate_gradients(model: Decoder, batch: Batch, plan: RankPlan, *, z_loss: float = 0.0) -> Sums:
     """Adds to every parameter's gradient that of the batch's mean token loss.
 
     Each micro-batch contributes the sum of its token losses divided by the whole batch's token count, so

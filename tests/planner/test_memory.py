@@ -8,7 +8,7 @@ from colossus.errors import ConfigError
 from colossus.planner import plan_one_rank, step_memory
 from colossus.planner.memory import FRAGMENTATION, LIBRARY_BYTES, SAVING_BYTES
 from colossus.spec.model import Dtype, NgramSpec
-from colossus.spec.plan import Machine, Memory
+from colossus.spec.rank import Machine, Memory
 from colossus.spec.run import AdamW, Batch, Muon, RunConfig
 from tests.spec.configs import small_config
 

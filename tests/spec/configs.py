@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from colossus.spec.data import DataConfig, LoadedTokenizer, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
 from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, RopeSpec
-from colossus.spec.plan import Estimate, Layout, Machine, Memory, Plan
+from colossus.spec.rank import RankEstimate, Layout, Machine, Memory, RankPlan
 from colossus.spec.run import (
     AdamW,
     Batch,
@@ -46,9 +46,9 @@ def small_config(**changes: Any) -> RunConfig:
     return RunConfig(**{**parts, **changes})
 
 
-def plan_for(batch: Batch) -> Plan:
+def plan_for(batch: Batch) -> RankPlan:
     """A plan such as the planner would make."""
-    return Plan(
+    return RankPlan(
         layout=Layout(),
         machine=Machine(
             chip='a "chip"',
@@ -65,7 +65,7 @@ def plan_for(batch: Batch) -> Plan:
         dtype="float32",
         compile=False,
         loss_chunk_tokens=64,
-        estimate=Estimate(
+        estimate=RankEstimate(
             memory=Memory(
                 baseline_bytes=1,
                 weight_bytes=2,

@@ -26,7 +26,7 @@ from colossus.spec.config import override, to_toml
 from colossus.spec.data import DataConfig, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
 from colossus.spec.model import AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramSpec, RecallSpec
-from colossus.spec.plan import Machine
+from colossus.spec.rank import Machine
 from colossus.spec.run import AdamW, Batch, Checkpoints, Evaluation, Fixed, Muon, RunConfig, WarmupStableDecay
 
 PATIENCE_S = 120.0

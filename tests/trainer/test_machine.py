@@ -4,7 +4,7 @@ import resource
 import subprocess
 import sys
 
-from colossus.spec.plan import Machine
+from colossus.spec.rank import Machine
 from colossus.trainer.machine import measure_machine, peak_rss_bytes, release_memory, usable_cores
 from tests.spec.configs import small_config
 
