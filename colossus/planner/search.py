@@ -35,6 +35,10 @@ AT_ONCE = 8192
 """Candidates evaluated together: their arrays stay in the cache."""
 OPTIONS_PER_POOL = 3
 """Of a mixed fleet: choices of micro-batch and recompute kept per layout and pool, the fastest per sequence."""
+PROMISING = 2.0
+PROMISING_PER_CHOICE = 200
+"""Of a mixed fleet: layouts are followed whose least time, each pool at its best, is within twice the best one's; and of
+every value of every choice the 200 best."""
 MARGIN = 0.04
 """Share of a chip's memory that plans leave free beyond what published runs could use."""
 FRONT_SLACK = 1.25
@@ -63,6 +67,10 @@ class Problem:
     options: Options
     chip_rates: Sequence[float]
     """By pool: what an hour of a chip counts for in the objective; all 0: only time counts."""
+    failures_per_chip_s: Sequence[float] = ()
+    """By pool: failures of one chip per second; none: they do not count."""
+    absence_s: float = 0.0
+    """How long a replica group is away after one of its chips has failed."""
     all_alike: bool = False
     """Pools do not differ in micro-batch, count and recompute (the weakest decides)."""
     values: dict[str, float] = field(default_factory=shipped)
@@ -113,6 +121,13 @@ class Evaluated:
                             else self.candidates.take(rows) for f in fields(self)})  # fmt: skip
 
     @staticmethod
+    def none(num_pools: int) -> "Evaluated":
+        line, table = np.empty(0), np.empty((0, num_pools))
+        return Evaluated(
+            Candidates(np.empty(0, int), np.empty((0, num_pools), int)), line, line, line, table, table, table, line
+        )
+
+    @staticmethod
     def joined(parts: "Sequence[Evaluated]") -> "Evaluated":
         return Evaluated(
             Candidates(
@@ -160,63 +175,104 @@ def execution(
 
 
 @dataclass(frozen=True)
+class Peaks:
+    """Bytes on the fullest rank, by layout and option."""
+
+    place: Indices
+    """[layouts]: many layouts share a row."""
+    rows: Array
+    """[distinct, options]"""
+
+    def of(self, layout: Any, option: Any) -> Array:
+        return np.asarray(self.rows[self.place[layout], option])
+
+    @classmethod
+    def compute(cls, problem: "Problem") -> "Peaks":
+        """Memory does not depend on the precision of matmuls, nor on how many groups there are."""
+        rows, choice = problem.layouts, problem.options
+        num_options = len(choice.micro_batch)
+        distinct, place = _distinct(rows, [name for name in _NAMES if name not in ("precision", "part")])
+        peak = np.empty((len(distinct), num_options))
+        step = max(1, 2 * AT_ONCE // num_options)
+        for start in range(0, len(distinct), step):
+            some = rows.take(np.repeat(distinct[start : start + step], num_options))
+            size = len(some) // num_options
+            micro_batch, recompute = np.tile(choice.micro_batch, size), np.tile(choice.recompute, size)
+            x = execution(problem, some, micro_batch, recompute, np.ones_like(some.tp), 4.0 * some.pp)
+            peak[start : start + size] = peak_bytes(problem.shape, x, some.schedule).reshape(size, num_options)
+        return cls(place, peak)
+
+
+@dataclass(frozen=True)
 class Bounds:
-    """By pool and by layout and option [layouts, options]: least seconds, and whether it fits."""
+    """Least seconds on one pool, by layout and option."""
 
-    per_micro_batch_s: Array
-    bubble_s: Array
-    headroom_bytes: Array
+    place: Indices
+    """[layouts]: many layouts share a row."""
+    per_micro_batch: Array
+    """[distinct, options]: seconds of a micro-batch on the fullest stage."""
+    others: Array
+    """[distinct, options]: seconds of one micro-batch on the other stages, over the virtual stages."""
+    bubble: Array
+    """[layouts]: how much of that the schedule leaves as bubble."""
+
+    def per_micro_batch_s(self, layout: Any, option: Any) -> Array:
+        return np.asarray(self.per_micro_batch[self.place[layout], option])
+
+    def bubble_s(self, layout: Any, option: Any) -> Array:
+        return np.asarray(self.others[self.place[layout], option] * self.bubble[layout])
+
+    @classmethod
+    def compute(cls, problem: "Problem", pool: Pool) -> "Bounds":
+        rows, choice = problem.layouts, problem.options
+        num_options = len(choice.micro_batch)
+        distinct, place = _distinct(rows, ["tp", "pp", "chunks", "cp", "ep", "expert_tp", "precision"])
+        some = rows.take(distinct)
+        # What a layer takes depends on fewer columns still.
+        keys = np.stack([some.tp, some.cp, some.ep, some.expert_tp, some.precision], axis=1)
+        of_layer, layer_place = np.unique(keys, axis=0, return_inverse=True)
+        count = len(of_layer)
+        tp, cp, ep, expert_tp, precision = (np.repeat(column, num_options) for column in of_layer.T)
+        one = np.ones_like(tp)
+        alone = Layouts(
+            tp=tp, pp=one, chunks=one, cp=cp, ep=ep, expert_tp=expert_tp, shard=one, sharding=0 * one,
+            schedule=0 * one, precision=precision, part=one,
+        )  # fmt: skip
+        micro_batch, recompute = np.tile(choice.micro_batch, count), np.tile(choice.recompute, count)
+        hardware, constants = problem.hardware(pool, precision)
+        x = execution(problem, alone, micro_batch, recompute, one, one)
+        parts = step_parts(problem.shape, x, hardware, constants)
+        layer = np.asarray(sum(getattr(parts, name) for name in ON_ONE_RANK) / problem.shape.layers)
+        head = head_s(problem.shape, x, hardware, constants) * constants.stack
+        layer, head = (a.reshape(count, num_options)[layer_place.reshape(-1)] for a in (layer, head))
+        most, first, last = (
+            a[:, None] for a in stage_layers(problem.shape.layers, some.pp, some.chunks)
+        )
+        pp = some.pp[:, None]
+        ends = last * layer + head
+        front = np.where(pp > 1, first * layer, 0.0)
+        slowest = np.maximum(np.maximum(ends, front), np.where(pp > 2, most * layer, 0.0))
+        others = np.where(pp > 1, front + ends + (pp - 2.0) * most * layer - slowest, 0.0)
+        return cls(place, slowest, others / some.chunks[:, None], _BUBBLE[rows.schedule.astype(int)])
 
 
-def bounds(problem: Problem, pool: Pool) -> Bounds:
-    """The lower bounds of every layout with every option on one pool, and what memory they leave."""
-    rows, choice = problem.layouts, problem.options
-    num_layouts, num_options = len(rows), len(choice.micro_batch)
-    # What a layer takes depends on few columns: each distinct set is computed once.
-    keys = np.stack([rows.tp, rows.cp, rows.ep, rows.expert_tp, rows.precision], axis=1)
-    distinct, place = np.unique(keys, axis=0, return_inverse=True)
-    place = place.reshape(-1)
-    count = len(distinct)
-    tp, cp, ep, expert_tp, precision = (np.repeat(column, num_options) for column in distinct.T)
-    one = np.ones_like(tp)
-    alone = Layouts(
-        tp=tp, pp=one, chunks=one, cp=cp, ep=ep, expert_tp=expert_tp, shard=one, sharding=0 * one,
-        schedule=0 * one, precision=precision, part=one,
-    )  # fmt: skip
-    micro_batch, recompute = np.tile(choice.micro_batch, count), np.tile(choice.recompute, count)
-    hardware, constants = problem.hardware(pool, precision)
-    x = execution(problem, alone, micro_batch, recompute, one, one)
-    parts = step_parts(problem.shape, x, hardware, constants)
-    layer = sum(getattr(parts, name) for name in ON_ONE_RANK) / problem.shape.layers
-    head = head_s(problem.shape, x, hardware, constants) * constants.stack
-    layer, head = (a.reshape(count, num_options)[place] for a in (np.asarray(layer), np.asarray(head)))
-    most, first, last = stage_layers(problem.shape.layers, rows.pp, rows.chunks)
-    most, first, last = most[:, None], first[:, None], last[:, None]
-    pp, chunks = rows.pp[:, None], rows.chunks[:, None]
-    ends = last * layer + head
-    slowest = np.maximum(np.maximum(ends, np.where(pp > 1, first * layer, 0.0)), np.where(pp > 2, most * layer, 0.0))
-    others = np.where(pp > 1, first * layer + ends + (pp - 2.0) * most * layer - slowest, 0.0)
-    bubble = others / chunks * _BUBBLE[rows.schedule.astype(int)][:, None]
-    return Bounds(slowest, bubble, _headroom(problem, pool, num_layouts, num_options))
+_NAMES = [f.name for f in fields(Layouts)]
 
 
-def _headroom(problem: Problem, pool: Pool, num_layouts: int, num_options: int) -> Array:
-    """Bytes that the fullest rank leaves of what can be used; negative: it does not fit."""
-    rows, choice = problem.layouts, problem.options
-    # Memory does not depend on the precision of matmuls, nor on how many groups there are.
-    keys = np.stack([getattr(rows, f.name) for f in fields(Layouts) if f.name not in ("precision", "part")], axis=1)
-    distinct, place = np.unique(keys, axis=0, return_index=True, return_inverse=True)[1:]
-    headroom = np.empty((len(distinct), num_options))
-    limit = pool.chip.memory_bytes * (memory_constants()["usable"] - MARGIN)
-    step = max(1, 2 * AT_ONCE // num_options)
-    for start in range(0, len(distinct), step):
-        some = rows.take(np.repeat(distinct[start : start + step], num_options))
-        size = len(some) // num_options
-        micro_batch, recompute = np.tile(choice.micro_batch, size), np.tile(choice.recompute, size)
-        x = execution(problem, some, micro_batch, recompute, np.ones_like(some.tp), 4.0 * some.pp)
-        peak = peak_bytes(problem.shape, x, some.schedule)
-        headroom[start : start + size] = (limit - peak).reshape(size, num_options)
-    return headroom[place.reshape(-1)]
+def _distinct(rows: Layouts, names: Sequence[str]) -> tuple[Indices, Indices]:
+    """One row for each distinct set of values of some columns, and the place of each row among these."""
+    code = np.zeros(len(rows), dtype=np.int64)
+    for name in names:
+        column = getattr(rows, name)
+        values = np.unique(column)
+        code = code * len(values) + np.searchsorted(values, column)
+    first, place = np.unique(code, return_index=True, return_inverse=True)[1:]
+    return first, place.reshape(-1)
+
+
+def limit_bytes(pool: Pool) -> float:
+    """What a plan may fill of a chip."""
+    return pool.chip.memory_bytes * (memory_constants()["usable"] - MARGIN)
 
 
 def peak_bytes(shape: ModelShape, x: Execution, schedule: Array) -> Array:
@@ -244,47 +300,74 @@ def in_flight_ratio(x: Execution, schedule: Array) -> Array:
 class Search:
     """The bounds of a problem, and what has been evaluated of it."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(
+        self, problem: Problem, peaks: Peaks | None = None, bounds: "Sequence[Bounds] | None" = None
+    ) -> None:
+        """`peaks` and `bounds` are another search's, over the same layouts and options: what it computed need not be
+        computed again."""
         self.problem = problem
-        self.bounds = [bounds(problem, pool) for pool in problem.pools]
-        rows = problem.layouts
-        self.groups = np.stack(
-            [np.floor(pool.num_chips * rows.part / rows.group_ranks) for pool in problem.pools], axis=1
+        self.peaks = Peaks.compute(problem) if peaks is None else peaks
+        self.bounds = (
+            [Bounds.compute(problem, pool) for pool in problem.pools] if bounds is None else list(bounds)
         )
-        self.candidates = self._candidates()
-        self.bound = self._bound(self.candidates)
-        possible = np.isfinite(self.bound)
-        self.num_candidates = len(rows) * len(problem.options.micro_batch) ** (1 if len(problem.pools) == 1 else 2)
-        self.candidates, self.bound = self.candidates.take(possible), self.bound[possible]
-        order = np.argsort(self.bound, kind="stable")
-        self.candidates, self.bound = self.candidates.take(order), self.bound[order]
+        self.limits = [limit_bytes(pool) for pool in problem.pools]
+        rows = problem.layouts
+        self.ranks = rows.group_ranks
+        self.groups = np.stack(
+            [np.floor(pool.num_chips * rows.part / self.ranks) for pool in problem.pools], axis=1
+        )
+        self.num_candidates = len(rows) * len(problem.options.micro_batch) ** len(problem.pools)
+        candidates = self._candidates()
+        bound = self._bound(candidates)
+        possible = np.flatnonzero(np.isfinite(bound))
+        possible = possible[np.argsort(bound[possible], kind="stable")]
+        self.candidates, self.bound = candidates.take(possible), bound[possible]
 
     def _candidates(self) -> Candidates:
-        num_layouts, num_options = self.bounds[0].headroom_bytes.shape
-        if len(self.problem.pools) == 1:
-            grid = np.indices((num_layouts, num_options)).reshape(2, -1)
-            return Candidates(grid[0], grid[1][:, None])
-        if self.problem.all_alike:
-            grid = np.indices((num_layouts, num_options)).reshape(2, -1)
-            return Candidates(grid[0], np.repeat(grid[1][:, None], len(self.problem.pools), axis=1))
-        kept = []
-        for bound in self.bounds:
-            pace = bound.per_micro_batch_s / self.problem.options.micro_batch
-            pace = np.where(bound.headroom_bytes >= 0, pace, np.inf)
-            kept.append(np.argsort(pace, axis=1)[:, :OPTIONS_PER_POOL])
-        shape = (num_layouts, *(OPTIONS_PER_POOL,) * len(kept))
+        """Layouts × options; of a mixed fleet, layouts × the same option in all pools."""
+        num_layouts, num_options = len(self.problem.layouts), len(self.problem.options.micro_batch)
+        layout, option = np.indices((num_layouts, num_options)).reshape(2, -1)
+        alike = Candidates(layout, np.repeat(option[:, None], len(self.problem.pools), axis=1))
+        if len(self.problem.pools) == 1 or self.problem.all_alike:
+            return alike
+        return self._with_differing(alike)
+
+    def _with_differing(self, alike: Candidates) -> Candidates:
+        """And those in which pools differ: each takes one of its fastest options per sequence. Only for layouts that
+        can come near the best, or that are among the best with one of their choices."""
+        problem, fast = self.problem, []
+        for bound, limit in zip(self.bounds, self.limits, strict=True):
+            pace = bound.per_micro_batch[bound.place] / problem.options.micro_batch
+            pace[self.peaks.rows[self.peaks.place] > limit] = np.inf
+            fast.append(np.argsort(pace, axis=1)[:, :OPTIONS_PER_POOL])
+        first = Candidates(
+            np.arange(len(problem.layouts)), np.stack([options_[:, 0] for options_ in fast], axis=1)
+        )
+        least = self._bound(first)
+        promising = least <= np.nanmin(least) * PROMISING
+        for name in [f.name for f in fields(Layouts)]:
+            column = getattr(problem.layouts, name)
+            for value in np.unique(column):
+                here = np.flatnonzero(column == value)
+                promising[here[np.argsort(least[here])[:PROMISING_PER_CHOICE]]] = True
+        layouts_ = np.flatnonzero(promising & np.isfinite(least))
+        shape = (len(layouts_), *(options_.shape[1] for options_ in fast))
         grid = np.indices(shape).reshape(len(shape), -1)
+        layout = layouts_[grid[0]]
+        differing = np.stack([options_[layout, g] for options_, g in zip(fast, grid[1:], strict=True)], axis=1)
+        near = promising[alike.layout]
         return Candidates(
-            grid[0], np.stack([k[grid[0], g] for k, g in zip(kept, grid[1:], strict=True)], axis=1)
+            np.concatenate([layout, alike.layout[near]]), np.concatenate([differing, alike.option[near]])
         )
 
     def _terms(self, candidates: Candidates) -> tuple[Array, Array, Array, Array, Array]:
         """[n, pools] each: least seconds per micro-batch, least fixed seconds, groups, sequences of one micro-batch
         over all groups; and whether every pool in use fits [n]."""
         layout, option = candidates.layout, candidates.option
-        slope = np.stack([b.per_micro_batch_s[layout, option[:, i]] for i, b in enumerate(self.bounds)], axis=1)
-        fixed = np.stack([b.bubble_s[layout, option[:, i]] for i, b in enumerate(self.bounds)], axis=1)
-        room = np.stack([b.headroom_bytes[layout, option[:, i]] for i, b in enumerate(self.bounds)], axis=1)
+        each = [(bound, option[:, i]) for i, bound in enumerate(self.bounds)]
+        slope = np.stack([bound.per_micro_batch_s(layout, own) for bound, own in each], axis=1)
+        fixed = np.stack([bound.bubble_s(layout, own) for bound, own in each], axis=1)
+        room = self.headroom_bytes(candidates)
         groups = self.groups[layout]
         micro_batch = self.problem.options.micro_batch[option]
         if len(self.problem.pools) == 1:  # a batch too small for all groups keeps some of them idle
@@ -294,6 +377,11 @@ class Search:
         fits = np.all((room >= 0) | (groups == 0), axis=1) & (groups.sum(axis=1) > 0)
         return slope, fixed, groups, served, fits
 
+    def headroom_bytes(self, candidates: Candidates) -> Array:
+        """Bytes that the fullest rank leaves of what a plan may fill [n, pools]; negative: it does not fit."""
+        peaks = [self.peaks.of(candidates.layout, candidates.option[:, i]) for i in range(len(self.limits))]
+        return np.stack([limit - peak for limit, peak in zip(self.limits, peaks, strict=True)], axis=1)
+
     def _bound(self, candidates: Candidates) -> Array:
         """Least objective of each candidate; infinity where it cannot be."""
         result = np.empty(len(candidates))
@@ -302,35 +390,60 @@ class Search:
             some = candidates.take(rows)
             slope, fixed, groups, served, fits = self._terms(some)
             counts, possible = self._counts(some, slope, fixed, served)
-            step = np.max(np.where(groups > 0, fixed + slope * counts, 0.0), axis=1)
-            result[rows] = np.where(
-                fits & possible, self._objective(some, step, (served * counts).sum(axis=1), groups), np.inf
-            )
+            if self._equal_counts:
+                step = np.max(np.where(groups > 0, fixed + slope * counts, 0.0), axis=1)
+                sequences = (served * counts).sum(axis=1)
+            else:  # whatever the rounding: T / (batch at T) is least where the batch is full
+                step, sequences = self._finish_s(slope, fixed, served), 0.0 * served[:, 0] + self.problem.sequences
+                possible = self._counts(some, slope, fixed, served, more=1.0)[1]
+            value = self._objective(some, step, sequences, groups)
+            result[rows] = np.where(fits & possible, value, np.inf)
         return result
 
-    def _counts(self, candidates: Candidates, slope: Array, fixed: Array, served: Array) -> tuple[Array, Array]:
+    @property
+    def _equal_counts(self) -> bool:
+        return len(self.problem.pools) == 1 or self.problem.all_alike
+
+    def _finish_s(self, slope: Array, fixed: Array, served: Array) -> Array:
+        """When all pools stop together after the largest batch: Σ served / slope · (T − fixed) = batch."""
+        rate = served / slope
+        return np.asarray(
+            (self.problem.sequences + (rate * fixed).sum(axis=1)) / np.maximum(rate.sum(axis=1), 1e-30)
+        )
+
+    def _counts(
+        self, candidates: Candidates, slope: Array, fixed: Array, served: Array, *, more: float = 0.0
+    ) -> tuple[Array, Array]:
         """Micro-batches per step of each pool [n, pools], so that all finish together and the batch is not exceeded;
-        and whether that can be [n]."""
+        and whether the schedule can run so many (with `more`) [n]."""
         used = served > 0
-        rate = np.where(used, served / slope, 0.0)
-        # All pools stop at T: the batch is Σ rate · (T − fixed).
-        finish = (self.problem.sequences + (rate * fixed).sum(axis=1)) / np.maximum(rate.sum(axis=1), 1e-30)
-        counts = np.floor(np.where(used, (finish[:, None] - fixed) / slope, 0.0) + 1e-9)
-        if len(self.problem.pools) == 1 or self.problem.all_alike:
-            counts = np.where(used, np.floor(self.problem.sequences / served.sum(axis=1))[:, None], 0.0)
+        if self._equal_counts:
+            whole = np.maximum(served.sum(axis=1), 1e-9)
+            counts = np.where(used, np.floor(self.problem.sequences / whole)[:, None], 0.0)
+        else:
+            finish = self._finish_s(slope, fixed, served)[:, None]
+            counts = np.floor(np.where(used, (finish - fixed) / slope, 0.0) + 1e-9 + more)
         rows = self.problem.layouts.take(candidates.layout)
         pp, schedule = rows.pp[:, None], rows.schedule[:, None]
-        interleaved = (schedule == SCHEDULES.index("interleaved")) & (counts >= 2 * pp)
+        interleaved = schedule == SCHEDULES.index("interleaved")
         counts = np.where(interleaved, np.floor(counts / pp) * pp, counts)
-        least = np.where(schedule == SCHEDULES.index("dualpipev"), 2 * pp, 1.0)
+        # With fewer, the V-shaped schedules have nothing to fill their warm-up with.
+        v_shaped = (schedule == SCHEDULES.index("dualpipev")) | (schedule == SCHEDULES.index("zbv"))
+        least = np.where(v_shaped, 2 * pp, np.where(interleaved, pp, 1.0))
         return counts, np.all((counts >= least) | ~used, axis=1)
 
     def _objective(self, candidates: Candidates, step_s: Array, sequences: Array, groups: Array) -> Array:
-        per_token = step_s / (sequences * self.problem.sequence)
-        if not any(self.problem.chip_rates):
-            return np.asarray(per_token)
-        ranks = self.problem.layouts.group_ranks[candidates.layout]
-        return np.asarray(per_token * ranks * (groups @ np.array(self.problem.chip_rates)))
+        """Seconds per token (or what the chips cost meanwhile), stretched by what failures take away: each one a
+        group of all groups, for as long as it is absent."""
+        problem = self.problem
+        ranks = self.ranks[candidates.layout]
+        value = step_s / np.maximum(sequences * problem.sequence, 1e-9)
+        if problem.failures_per_chip_s:
+            rate = ranks * (groups @ np.array(problem.failures_per_chip_s))
+            value = value * (1.0 + rate * problem.absence_s / np.maximum(groups.sum(axis=1), 1.0))
+        if any(problem.chip_rates):
+            value = value * ranks * (groups @ np.array(problem.chip_rates))
+        return np.asarray(value)
 
     def evaluate(self, candidates: Candidates) -> Evaluated:
         """The full estimate of some candidates."""
@@ -347,24 +460,18 @@ class Search:
         busy = np.where(groups > 0, fixed + slope * counts, 0.0)
         step = np.where(possible, busy.max(axis=1), np.inf)
         sequences = (served * counts).sum(axis=1)
-        room = np.stack(
-            [
-                np.where(groups[:, i] > 0, b.headroom_bytes[candidates.layout, candidates.option[:, i]], np.inf)
-                for i, b in enumerate(self.bounds)
-            ],
-            axis=1,
+        room = np.where(groups > 0, self.headroom_bytes(candidates), np.inf)
+        tokens = np.maximum(sequences * self.problem.sequence, 1e-9)
+        return Evaluated(
+            candidates=candidates,
+            seconds_per_token=np.where(possible, step / tokens, np.inf),
+            objective=np.where(possible, self._objective(candidates, step, sequences, groups), np.inf),
+            step_s=step,
+            busy_s=busy,
+            groups=groups,
+            micro_batches=counts,
+            headroom_bytes=room.min(axis=1),
         )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return Evaluated(
-                candidates=candidates,
-                seconds_per_token=np.where(possible, step / (sequences * self.problem.sequence), np.inf),
-                objective=np.where(possible, self._objective(candidates, step, sequences, groups), np.inf),
-                step_s=step,
-                busy_s=busy,
-                groups=groups,
-                micro_batches=counts,
-                headroom_bytes=room.min(axis=1),
-            )
 
     def parts(self, pool: Pool, rows: Layouts, option: Indices, groups: Array, micro_batches: Array) -> StepParts:
         choice = self.problem.options
@@ -391,8 +498,40 @@ class Search:
             least = min(least, float(found[-1].objective.min()))
             done += at_once
         if not found:
-            return self.evaluate(self.candidates.take(places[:0]))
+            return Evaluated.none(len(self.problem.pools))
         return Evaluated.joined(found)
+
+
+MOST_REFINED = 400
+"""Timelines played for one choice; ties beyond are decided by the closed form."""
+
+
+def choose(problem: Problem, search: Search, evaluated: Evaluated) -> tuple[int, float, float, StepParts] | None:
+    """The best row with its objective, step seconds and parts, pipelines played as timelines.
+
+    With uneven stages the closed form may exceed the timeline by up to 3 %, so that rows beyond that need not be
+    played. Of rows within half a percent, the smallest replica group wins (a failure takes the
+    least away), then the most memory left.
+    """
+    order = np.argsort(evaluated.objective, kind="stable")
+    played: list[tuple[int, float, float, StepParts]] = []
+    least = np.inf
+    for row in order[:MOST_REFINED]:
+        if not np.isfinite(evaluated.objective[row]) or evaluated.objective[row] > least * CLOSED_FORM_EXCESS:
+            break
+        step_s, parts = refined_step_s(problem, search, evaluated, int(row))
+        objective = float(evaluated.objective[row]) * step_s / float(evaluated.step_s[row])
+        least = min(least, objective)
+        played.append((int(row), objective, step_s, parts))
+    if not played:
+        return None
+    ranks = search.ranks[evaluated.candidates.layout]
+    close = [entry for entry in played if entry[1] <= least * TIE]
+    return min(close, key=lambda entry: (ranks[entry[0]], -evaluated.headroom_bytes[entry[0]]))
+
+
+TIE = 1.005
+CLOSED_FORM_EXCESS = 1.03
 
 
 def refined_step_s(problem: Problem, search: Search, evaluated: Evaluated, row: int) -> tuple[float, StepParts]:

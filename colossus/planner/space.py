@@ -21,7 +21,7 @@ from colossus.spec.parts import MoeSpec
 from colossus.spec.model import ModelSpec
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16", "fp8", "mxfp8", "nvfp4")
-MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 16)
 RECOMPUTE_OPTIONS = ("none", "alternate", "full")
 """`selective` repeats attention scores, which fused attention never keeps."""
 MAX_STAGES, MAX_CHUNKS, MAX_SHARD, MAX_CONTEXT = 64, 16, 2048, 64
