@@ -292,7 +292,7 @@ def _alternatives(task: _Task, best: _Try) -> dict[str, Alternative]:
             continue
         column = _column(search, search.candidates, name)
         other = search.best(column != _column(search, mine.candidates, name)[0], at_once=1024)
-        picked = choose(search.problem, search, other)
+        picked = choose(search.problem, search, other, most=20)
         if picked is not None:
             value = _column(search, other.candidates.take(np.array([picked[0]])), name)[0]
             result[name] = Alternative(

@@ -35,10 +35,12 @@ AT_ONCE = 8192
 """Candidates evaluated together: their arrays stay in the cache."""
 OPTIONS_PER_POOL = 3
 """Of a mixed fleet: choices of micro-batch and recompute kept per layout and pool, the fastest per sequence."""
-PROMISING = 2.0
+SMALL_SPACE = 50_000
+"""Layouts up to which all are followed, in every option."""
+PROMISING = 3.0
+"""Of larger spaces: followed are layouts whose least time is within three times the least of all,"""
 PROMISING_PER_CHOICE = 200
-"""Of a mixed fleet: layouts are followed whose least time, each pool at its best, is within twice the best one's; and of
-every value of every choice the 200 best."""
+"""and of every value of every choice so many of the best."""
 MARGIN = 0.04
 """Share of a chip's memory that plans leave free beyond what published runs could use."""
 FRONT_SLACK = 1.25
@@ -324,41 +326,46 @@ class Search:
         self.candidates, self.bound = candidates.take(possible), bound[possible]
 
     def _candidates(self) -> Candidates:
-        """Layouts × options; of a mixed fleet, layouts × the same option in all pools."""
-        num_layouts, num_options = len(self.problem.layouts), len(self.problem.options.micro_batch)
-        layout, option = np.indices((num_layouts, num_options)).reshape(2, -1)
-        alike = Candidates(layout, np.repeat(option[:, None], len(self.problem.pools), axis=1))
-        if len(self.problem.pools) == 1 or self.problem.all_alike:
-            return alike
-        return self._with_differing(alike)
-
-    def _with_differing(self, alike: Candidates) -> Candidates:
-        """And those in which pools differ: each takes one of its fastest options per sequence. Only for layouts that
-        can come near the best, or that are among the best with one of their choices."""
-        problem, fast = self.problem, []
+        """Layouts × options; of a mixed fleet the same option in all pools, and pools that differ, each with one of its
+        fastest options per sequence."""
+        problem = self.problem
+        paces = []
         for bound, limit in zip(self.bounds, self.limits, strict=True):
             pace = bound.per_micro_batch[bound.place] / problem.options.micro_batch
             pace[self.peaks.rows[self.peaks.place] > limit] = np.inf
-            fast.append(np.argsort(pace, axis=1)[:, :OPTIONS_PER_POOL])
-        first = Candidates(
-            np.arange(len(problem.layouts)), np.stack([options_[:, 0] for options_ in fast], axis=1)
+            paces.append(pace)
+        followed = np.flatnonzero(self._promising(paces))
+        layout, option = (
+            a.reshape(-1) for a in np.meshgrid(followed, np.arange(paces[0].shape[1]), indexing="ij")
         )
-        least = self._bound(first)
-        promising = least <= np.nanmin(least) * PROMISING
-        for name in [f.name for f in fields(Layouts)]:
-            column = getattr(problem.layouts, name)
-            for value in np.unique(column):
-                here = np.flatnonzero(column == value)
-                promising[here[np.argsort(least[here])[:PROMISING_PER_CHOICE]]] = True
-        layouts_ = np.flatnonzero(promising & np.isfinite(least))
-        shape = (len(layouts_), *(options_.shape[1] for options_ in fast))
+        alike = Candidates(layout, np.repeat(option[:, None], len(paces), axis=1))
+        if len(paces) == 1 or problem.all_alike:
+            return alike
+        fast = [np.argsort(pace[followed], axis=1)[:, :OPTIONS_PER_POOL] for pace in paces]
+        shape = (len(followed), *(options_.shape[1] for options_ in fast))
         grid = np.indices(shape).reshape(len(shape), -1)
-        layout = layouts_[grid[0]]
-        differing = np.stack([options_[layout, g] for options_, g in zip(fast, grid[1:], strict=True)], axis=1)
-        near = promising[alike.layout]
+        differing = np.stack([options_[grid[0], g] for options_, g in zip(fast, grid[1:], strict=True)], axis=1)
         return Candidates(
-            np.concatenate([layout, alike.layout[near]]), np.concatenate([differing, alike.option[near]])
+            np.concatenate([layout, followed[grid[0]]]), np.concatenate([alike.option, differing])
         )
+
+    def _promising(self, paces: Sequence[Array]) -> npt.NDArray[np.bool_]:
+        """Which layouts to follow: of a small space all; of a large one those whose least time, each pool at its
+        fastest, is near the least of all, and of every value of every choice the best ones."""
+        rows = self.problem.layouts
+        fastest = Candidates(np.arange(len(rows)), np.stack([pace.argmin(axis=1) for pace in paces], axis=1))
+        possible = np.any([np.isfinite(pace.min(axis=1)) for pace in paces], axis=0)
+        if len(rows) <= SMALL_SPACE:
+            return np.asarray(possible)
+        least = self._bound(fastest)
+        least = np.where(np.isfinite(least), least, np.where(possible, np.inf, np.nan))
+        keep = least <= np.nanmin(least) * PROMISING
+        for name in _NAMES:
+            column = getattr(rows, name)
+            for value in np.unique(column):
+                here = np.flatnonzero((column == value) & possible)
+                keep[here[np.argsort(least[here])[:PROMISING_PER_CHOICE]]] = True
+        return np.asarray(keep)
 
     def _terms(self, candidates: Candidates) -> tuple[Array, Array, Array, Array, Array]:
         """[n, pools] each: least seconds per micro-batch, least fixed seconds, groups, sequences of one micro-batch
@@ -506,7 +513,9 @@ MOST_REFINED = 400
 """Timelines played for one choice; ties beyond are decided by the closed form."""
 
 
-def choose(problem: Problem, search: Search, evaluated: Evaluated) -> tuple[int, float, float, StepParts] | None:
+def choose(
+    problem: Problem, search: Search, evaluated: Evaluated, *, most: int = MOST_REFINED
+) -> tuple[int, float, float, StepParts] | None:
     """The best row with its objective, step seconds and parts, pipelines played as timelines.
 
     With uneven stages the closed form may exceed the timeline by up to 3 %, so that rows beyond that need not be
@@ -516,7 +525,7 @@ def choose(problem: Problem, search: Search, evaluated: Evaluated) -> tuple[int,
     order = np.argsort(evaluated.objective, kind="stable")
     played: list[tuple[int, float, float, StepParts]] = []
     least = np.inf
-    for row in order[:MOST_REFINED]:
+    for row in order[:most]:
         if not np.isfinite(evaluated.objective[row]) or evaluated.objective[row] > least * CLOSED_FORM_EXCESS:
             break
         step_s, parts = refined_step_s(problem, search, evaluated, int(row))
