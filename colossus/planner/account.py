@@ -1,5 +1,6 @@
 """What a run takes: days, failures, energy, water, carbon, dollars; each with low, likely and high."""
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import date
 
@@ -50,8 +51,11 @@ def account(
     )
     mfu = rate * (model.flops_per_token(sequence) / peak)
 
+    # What trains or stands ready counts; chips left over can be used by others.
     used = [
-        pool.model_copy(update={"num_nodes": pool.num_nodes + share.spare_nodes})
+        pool.model_copy(
+            update={"num_nodes": math.ceil(share.num_groups * group / pool.node.num_chips) + share.spare_nodes}
+        )
         for share in shares
         for pool in [by_name[share.node]]
     ]
