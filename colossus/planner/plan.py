@@ -123,6 +123,7 @@ class _Task:
             sequences=self.sequences,
             layouts=layouts(self.model, pools, self.goal, self.sequence, self.sequences),
             options=options(self.goal, self.sequences),
+            fabric=self.fleet.fabric,
             chip_rates=[self.chip_rate(pool) for pool in pools],
             failures_per_chip_s=[
                 reliability.failures(pool.chip.generation, pool.num_chips).per_day.likely

@@ -24,13 +24,16 @@ from colossus.planner.schedule.times import StageTimes
 from colossus.planner.shape import ModelShape
 from colossus.planner.space import PRECISIONS, Layouts, Options
 from colossus.planner.step import StepParts, head_s, stage_layers, step_parts
-from colossus.spec.fleet import Pool
+from colossus.spec.fleet import Fabric, Pool
 
 Indices = npt.NDArray[np.intp]
 
 SOFTWARE = "megatron-core"
 """The stack whose efficiency plans assume: the best that is published."""
 ATTENTION = "cudnn"
+USUAL_FABRIC_EFFICIENCY = 0.95
+"""Of the InfiniBand fabrics that the constants were fitted on; a fabric that loses more to congestion is slower. An
+oversubscribed tier costs rings nothing: a ring enters and leaves each block of nodes once."""
 AT_ONCE = 8192
 """Candidates evaluated together: their arrays stay in the cache."""
 OPTIONS_PER_POOL = 3
@@ -67,6 +70,7 @@ class Problem:
     """The largest global batch."""
     layouts: Layouts
     options: Options
+    fabric: Fabric
     chip_rates: Sequence[float]
     """By pool: what an hour of a chip counts for in the objective; all 0: only time counts."""
     failures_per_chip_s: Sequence[float] = ()
@@ -82,7 +86,8 @@ class Problem:
         places = np.unique(precision).astype(int)
         rows = np.searchsorted(places, precision.astype(int))
         names = [PRECISIONS[i] for i in places]
-        hardware = Hardware.stack([Hardware.of(pool.node, name) for name in names]).take(rows)
+        nic = pool.node.nic_bandwidth * min(1.0, self.fabric.efficiency / USUAL_FABRIC_EFFICIENCY)
+        hardware = Hardware.stack([Hardware.of(pool.node, name, nic_bandwidth=nic) for name in names]).take(rows)
         generation = pool.chip.generation
         constants = Constants.gather(
             self.values, [generation] * len(names), names, [SOFTWARE] * len(names), [ATTENTION] * len(names)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from colossus import zoo
 from colossus.errors import ConfigError
+from colossus.hardware.catalog import fabric
 from colossus.hardware.fleet_text import parse_fleet
 from colossus.planner.search import Evaluated, Problem, Search, choose
 from colossus.planner.shape import ModelShape
@@ -35,6 +36,7 @@ def _problem(model: str, pools: list[Pool], sequences: int, goal: Goal = GOAL, *
         sequences=sequences,
         layouts=layouts(spec, pools, goal, 4096, sequences),
         options=options(goal, sequences),
+        fabric=fabric("infiniband-ndr-2-tier"),
         chip_rates=[0.0] * len(pools),
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
@@ -147,6 +149,12 @@ def test_a_mixed_fleet_uses_what_it_has() -> None:
     both = best_s([h100, h200])
     assert both <= best_s([h100]) * 1.001
     assert both <= best_s([h200]) * 1.001
+
+
+def test_a_congested_fabric_is_slower() -> None:
+    slow = fabric("infiniband-ndr-2-tier").model_copy(update={"efficiency": 0.3})
+    usual = Search(problem("llama3-8b", "h100:64", 64)).best().objective.min()
+    assert Search(problem("llama3-8b", "h100:64", 64, fabric=slow)).best().objective.min() > usual
 
 
 def test_the_order_of_pools_does_not_matter() -> None:
