@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from colossus.cli import data, fleet, generate, models, recipes, runs, train
+from colossus.cli import data, fleet, generate, models, plan, recipes, runs, train
 from colossus.cli.group import Group
 from colossus.errors import ColossusError, ConfigError
 
@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train", epilog=train.EPILOG)(train.train)
+app.command("plan", epilog=plan.PLAN_EPILOG)(plan.plan)
+app.command("explain", epilog=plan.EXPLAIN_EPILOG)(plan.explain)
+app.command("compare", epilog=plan.COMPARE_EPILOG)(plan.compare)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.add_typer(runs.app, name="runs")
 app.command("recipes")(recipes.recipes)
@@ -37,6 +40,7 @@ def colossus() -> None:
       colossus train --data my/texts     the same on your own text
       colossus generate latest --prompt 'import '
       colossus runs                      all runs, and how they went
+      colossus plan llama3.1-405b --fleet colossus-200k --tokens 15T    how to train on a fleet, and what it takes
 
     Every command has its own help, with examples: colossus train --help
     """

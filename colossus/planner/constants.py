@@ -27,8 +27,8 @@ class Constants(Columns):
     """Rate of a grouped matmul (experts) over that of a plain one."""
     power_exponent: Array
     """Clock under a lower power limit: (limit over the usual)^exponent."""
-    half_depth: Array
-    """Inner size at which a matmul reaches half of that."""
+    output_exposed: Array
+    """Share of the traffic of a matmul's result that is not hidden behind its products."""
     wave_quantisation: Array
     """0: the last wave of tiles costs only what is in it; 1: as much as a full one."""
     kernel_s: Array
@@ -71,12 +71,13 @@ class Constants(Columns):
     tensor_hidden: Array
     """Share of tensor-parallel collectives that runs beside matmuls where they are cut into pieces."""
     context_hidden: Array
-    data_hidden: Array
-    """Share of the gradients' sum that can run beside the backward pass."""
-    shard_contention: Array
-    """Share of a gather's time that the compute beside it loses (cores and memory that the gather takes)."""
+    contention: Array
+    """Share of the time of a sum or gather of weights that the compute beside it loses: cores, memory, power."""
     expert_hidden: Array
     pipeline_hidden: Array
+    """Share of messages between stages that runs beside compute where chunks interleave; else none does."""
+    hop_s: Array
+    """Host time of one message between stages on different nodes, where the host starts each kernel."""
     expert_passes: Array
     """How often an expert layer reads or writes its routed tokens besides the matmuls: sort, gather, weigh, add."""
     expert_sync_s: Array
@@ -89,7 +90,7 @@ class Constants(Columns):
     """Per step: data, clipping, logging, synchronisation."""
     straggler: Array
     """How much longer the step takes for each doubling of the nodes: the slowest sets the pace."""
-    stack: Array
+    stack: Array  # type: ignore[assignment]  # the word for both; records of constants are not stacked
     """How much longer this software's kernels take than those of the reference stack."""
 
     @classmethod
@@ -119,13 +120,29 @@ WIDE = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 def _lookup(
     values: Mapping[str, float], name: str, generation: str, precision: str, stack: str, kernel: str
 ) -> float:
+    stack = kernels_of().get(stack, stack)
     precision = "bfloat16" if precision == "float16" else precision  # the same tensor cores, the same rates
     if name == "wide_matmul":
         name, precision = "matmul", WIDE.get(precision, "bfloat16")
-    for key in (f"{name}.{generation}.{precision}", f"{name}.{generation}.{kernel}", f"{name}.{generation}", f"{name}.{stack}", name):
+    for key in (
+        f"{name}.{generation}.{precision}",
+        f"{name}.{generation}.{kernel}",
+        f"{name}.{generation}",
+        f"{name}.{stack}",
+        name,
+    ):
         if key in values:
             return values[key]
     raise KeyError(f"no constant {name} for {generation}, {precision}, {stack}")
+
+
+@cache
+def kernels_of() -> dict[str, str]:
+    """By stack (stacks.toml): whose kernels it runs, which is whose factor `stack` counts for it."""
+    import tomllib
+
+    table = tomllib.loads((Path(__file__).parent / "stacks.toml").read_text(encoding="utf-8"))
+    return {entry["name"]: entry["kernels"] for entry in table["stack"]}
 
 
 @cache

@@ -17,9 +17,7 @@ def members_inside(size: Array, stride: Array, hardware: Hardware) -> Array:
     return np.asarray(np.clip(np.floor(hardware.scale_up_chips / stride), 1.0, np.maximum(size, 1.0)))
 
 
-def ring_s(
-    size_bytes: Array, size: Array, stride: Array, hardware: Hardware, constants: Constants
-) -> Array:
+def ring_s(size_bytes: Array, size: Array, stride: Array, hardware: Hardware, constants: Constants) -> Array:
     """Seconds of one reduce-scatter or all-gather of `size_bytes` (the whole tensor's); an all-reduce is both.
 
     Each rank sends (n − 1)/n of the tensor. Rings enter and leave a domain once, so that its members' NICs
@@ -32,9 +30,10 @@ def ring_s(
     within_s = moved / (hardware.scale_up_bandwidth * constants.scale_up)
     outside = size > inside
     between_s = np.where(outside, moved / (hardware.nic_bandwidth * constants.nic * inside), 0.0)
-    latency_s = np.log2(np.maximum(inside, 1.0)) * constants.scale_up_latency_s + np.log2(
-        size / inside
-    ) * constants.nic_latency_s
+    latency_s = (
+        np.log2(np.maximum(inside, 1.0)) * constants.scale_up_latency_s
+        + np.log2(size / inside) * constants.nic_latency_s
+    )
     return np.asarray(
         np.where(size > 1.0, np.maximum(np.where(inside > 1, within_s, 0.0), between_s) + latency_s, 0.0)
     )
@@ -67,9 +66,12 @@ def all_to_all_s(
     return np.asarray(np.where(size > 1.0, np.maximum(within_s, between_s) + latency_s, 0.0))
 
 
-def send_s(size_bytes: Array, stride: Array, hardware: Hardware, constants: Constants) -> Array:
-    """Seconds of one message to the rank `stride` further on."""
-    inside = stride < hardware.scale_up_chips
+def send_s(size_bytes: Array, size: Array, stride: Array, hardware: Hardware, constants: Constants) -> Array:
+    """Seconds in which each of `size` ranks that lie `stride` apart sends a message to the next one.
+
+    The slowest hop sets the pace: NICs, as soon as the chain leaves a scale-up domain.
+    """
+    inside = size * stride <= hardware.scale_up_chips
     bandwidth = np.where(
         inside,
         hardware.scale_up_bandwidth * constants.scale_up,

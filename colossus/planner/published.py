@@ -23,7 +23,7 @@ from colossus.planner.constants import Constants
 from colossus.planner.execution import Execution, Hardware
 from colossus.planner.shape import ModelShape
 from colossus.spec.fleet import Node, Precision
-from colossus.spec.model import ModelSpec, AttentionSpec, LayerNormSpec, MlpSpec, MoeSpec, NormSpec
+from colossus.spec.model import Activation, AttentionSpec, LayerNormSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec
 
 NODES = {
     "A100-80": "dgx-a100", "A100-40": "a100-40-hdr", "H100-SXM": "hgx-h100", "H100-HBM2e-96GB-500W": "hgx-h100-500w",
@@ -42,6 +42,7 @@ class Stack:
     """A training software: facts about what it does (stacks.toml)."""
 
     name: str
+    kernels: str
     match: tuple[str, ...]
     flash: bool
     attention: str
@@ -160,7 +161,9 @@ def run_of(row: Mapping[str, str]) -> Run:
         raise Inexpressible("trains adapters on frozen weights")
     micro_batch = _count(row, "micro_batch", default=1)
     micro_batch = max(1, min(micro_batch, sequences // data or 1))
-    chunks = _count(row, "vpp", default=_default_chunks(row, model, stack, pp, sequences // (data * micro_batch)))
+    chunks = _count(
+        row, "vpp", default=_default_chunks(row, model, stack, pp, sequences // (data * micro_batch))
+    )
     if model.num_layers + 2 < pp * chunks:
         chunks = max(1, model.num_layers // pp)
     moe = isinstance(model.mlp, MoeSpec)
@@ -294,7 +297,9 @@ def _model(row: Mapping[str, str]) -> ModelSpec:
         if not math.isnan(vocab):
             changes["vocab_size"] = int(vocab)
         return found.model_copy(update=changes) if changes else found
-    if row.get("family") in ("hybrid-mamba", "mamba") or re.search(r"nemotron[-_]?(h|3)", name, re.IGNORECASE):
+    if row.get("family") in ("hybrid-mamba", "mamba") or re.search(
+        r"nemotron[-_]?(h|3)", name, re.IGNORECASE
+    ):
         raise Inexpressible("state-space layers")
     return _model_of_columns(row)
 
@@ -308,7 +313,7 @@ def _model_of_columns(row: Mapping[str, str]) -> ModelSpec:
     ffn = _count(row, "ffn_hidden", default=default)
     if hidden % heads or heads % kv_heads:
         heads = kv_heads = max(1, hidden // 128)
-    activation = "swiglu" if gated else "gelu"
+    activation: Activation = "swiglu" if gated else "gelu"
     experts = _number(row, "n_experts")
     mlp: MlpSpec | MoeSpec = MlpSpec(intermediate_size=ffn, activation=activation)
     if experts > 1:
@@ -324,16 +329,16 @@ def _model_of_columns(row: Mapping[str, str]) -> ModelSpec:
         context_tokens=_count(row, "seq_len"),
         num_layers=layers,
         hidden_size=hidden,
-        attention=AttentionSpec(
-            num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, rope=None
-        ),
+        attention=AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=hidden // heads, rope=None),
         mlp=mlp,
         norm=NormSpec() if gated else LayerNormSpec(),
         tied_embeddings=not gated,
     )
 
 
-def _default_chunks(row: Mapping[str, str], model: ModelSpec, stack: Stack, pp: int, micro_batches: int) -> int:
+def _default_chunks(
+    row: Mapping[str, str], model: ModelSpec, stack: Stack, pp: int, micro_batches: int
+) -> int:
     """Virtual stages where the table does not say: as many as there are layers for, up to 12, where the software
     interleaves by default and a plain schedule would idle for more than a tenth of the step; else none."""
     interleaves = stack.interleaves or "interleaved 1f1b" in row.get("notes", "").lower()

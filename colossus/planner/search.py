@@ -31,7 +31,7 @@ Indices = npt.NDArray[np.intp]
 SOFTWARE = "megatron-core"
 """The stack whose efficiency plans assume: the best that is published."""
 ATTENTION = "cudnn"
-USUAL_FABRIC_EFFICIENCY = 0.95
+USUAL_FABRIC_EFFICIENCY = 0.9
 """Of the InfiniBand fabrics that the constants were fitted on; a fabric that loses more to congestion is slower. An
 oversubscribed tier costs rings nothing: a ring enters and leaves each block of nodes once."""
 AT_ONCE = 8192

@@ -1,18 +1,34 @@
 """One step's time, as a sum of parts a person can read, for any number of candidates at once."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from colossus.planner import network
 from colossus.planner.columns import Array, Columns, soft_max
-from colossus.planner.compute import attention_s, linear_s, memory_s
+from colossus.planner.compute import memory_s
 from colossus.planner.constants import Constants
 from colossus.planner.execution import Execution, Hardware
+from colossus.planner.layers import (
+    LayerTimes,
+    accumulated_bytes,
+    attended_keys,
+    head_s,
+    layer_times,
+    layer_weights,
+)
 from colossus.planner.shape import ModelShape
 
-ALTERNATE_MATMULS = 0.5
-"""Share of the matmuls that recompute "alternate" runs again."""
+__all__ = [
+    "StepParts",
+    "attended_keys",
+    "head_s",
+    "stage_layers",
+    "stage_weights",
+    "step_parts",
+    "step_parts_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,261 +62,141 @@ class StepParts(Columns):
         return np.asarray(sum(getattr(self, field.name) for field in fields(self)))
 
 
-def attended_keys(shape: ModelShape, sequence: Array) -> Array:
-    """Keys that a query sees on average, over windowed and full layers: half of the sequence, or the window."""
-    full = (sequence + 1.0) / 2.0
-    window = np.minimum(shape.window, sequence)
-    windowed = window - window * (window - 1.0) / (2.0 * sequence)
-    share = shape.windowed_layers / shape.layers
-    return np.asarray(share * windowed + (1.0 - share) * full)
-
-
 def step_parts(
     shape: ModelShape, execution: Execution, hardware: Hardware, constants: Constants
 ) -> StepParts:
     """The parts of one step's time. All arguments broadcast against each other."""
+    layers = layer_times(shape, execution, hardware, constants)
+    return step_parts_of(layers, shape, execution, hardware, constants)
+
+
+def step_parts_of(
+    layers: LayerTimes, shape: ModelShape, execution: Execution, hardware: Hardware, constants: Constants
+) -> StepParts:
+    """The same from the times of the candidates' layers, where many candidates share them (`unique_layers`)."""
     x, c = execution, constants
-    tokens = x.micro_batch * x.sequence / x.cp
-    local = tokens / np.where(x.sequence_parallel > 0, x.tp, 1.0)
-    dense_share = shape.dense_layers / shape.layers
-    expert_share = 1.0 - dense_share
-
-    # --- matmuls of one layer ---
-    def linear(outputs: Array, inputs: Array, rows: Array = tokens) -> tuple[Array, Array]:
-        forward, backward = linear_s(rows, outputs, inputs, hardware, c)
-        used = (outputs > 0) & (inputs > 0)
-        return np.where(used, forward, 0.0), np.where(used, backward, 0.0)
-
-    latent = shape.key_value_rank > 0
-    projections = [
-        linear(np.where(latent, 0.0, (shape.query + shape.key + shape.value) / x.tp), shape.hidden),
-        linear(np.where(latent, shape.query_rank + shape.key_value_rank, 0.0), shape.hidden),
-        linear(np.where(latent, shape.query / x.tp, 0.0), np.maximum(shape.query_rank, 1.0)),
-        linear(np.where(latent, (shape.key + shape.value) / x.tp, 0.0), np.maximum(shape.key_value_rank, 1.0)),
-        linear(shape.hidden + 0.0 * tokens, shape.attended / x.tp),
-    ]
-
-    def mlp(size: Array, rows: Array = tokens, split: Array = x.tp) -> tuple[Array, Array]:
-        up = linear((shape.mlp_matrices - 1.0) * size / split, shape.hidden + 0.0 * tokens, rows)
-        down = linear(np.where(size > 0, shape.hidden, 0.0) + 0.0 * tokens, np.maximum(size / split, 1.0), rows)
-        return up[0] + down[0], up[1] + down[1]
-
-    dense, shared = mlp(shape.mlp), mlp(shape.shared)
-    matmul = [
-        sum(p[i] for p in projections) + dense_share * dense[i] + expert_share * shared[i] for i in (0, 1)
-    ]
-
-    # --- experts: each rank's tokens are spread over all; its own experts get as many back ---
-    has_experts = shape.experts > 0
-    routed = tokens / x.tp * x.expert_tp * shape.top_k
-    own = np.maximum(shape.experts / x.ep, 1.0)
-    rows = np.where(has_experts, routed / own, 1.0)
-    size = np.where(has_experts, shape.expert / x.expert_tp, 1.0)
-    up = linear_s(rows, (shape.mlp_matrices - 1.0) * size, shape.hidden + 0.0 * rows, hardware, c, groups=own)
-    down = linear_s(rows, shape.hidden + 0.0 * rows, size, hardware, c, groups=own)
-    moved = memory_s(2.0 * routed * shape.hidden * c.expert_passes, hardware, c)
-    router = linear_s(local, np.maximum(shape.experts, 1.0), shape.hidden, hardware, c, wide=True)
-    gates = memory_s(
-        2.0 * routed * shape.expert / x.expert_tp * shape.mlp_matrices * np.where(x.fused > 0, 1.0, c.unfused),
-        hardware,
-        c,
-    )
-    experts = [
-        np.where(
-            has_experts,
-            expert_share * (up[i] + down[i] + router[i] + (1.0 + i) * (moved + gates) + c.expert_sync_s),
-            0.0,
-        )
-        for i in (0, 1)
-    ]
-
-    # --- attention and elementwise passes ---
-    attention = attention_s(
-        tokens,
-        x.sequence,
-        attended_keys(shape, x.sequence),
-        shape.query / x.tp,
-        shape.attended / x.tp,
-        shape.heads / x.tp,
-        x.flash,
-        x.score_traffic,
-        hardware,
-        c,
-    )
-    fusion = np.where(x.fused > 0, 1.0, c.unfused)
-    passes = 2.0 * (
-        local * shape.hidden * (c.hidden_passes + 2.0 * (shape.norms - 2.0)) * np.where(x.fused > 0, 1.0, c.unfused_norm)
-        + fusion * tokens * (shape.query + shape.key) * 2.0 / x.tp
-        + fusion * tokens * (dense_share * shape.mlp + expert_share * shape.shared) * shape.mlp_matrices / x.tp
-    )
-    elementwise = [(1.0 + i) * memory_s(passes, hardware, c) for i in (0, 1)]
-
-    # --- communication of one layer ---
-    activation = 2.0 * tokens * shape.hidden
-    blocks = 1.0 + dense_share + expert_share * np.where(x.expert_tp > 1, 1.0, (shape.shared > 0) * 1.0)
-    # Gather before and scatter after each block; with whole tensors, a sum, which is both.
-    tensor = 2.0 * blocks * network.ring_s(activation, x.tp, np.ones_like(x.tp), hardware, c)
-    tensor = tensor * (1.0 - c.tensor_hidden * x.overlap_tensor)
-    keys_values = 2.0 * tokens * (shape.key + shape.value) / x.tp
-    context = (x.cp - 1.0) * network.send_s(keys_values, x.tp, hardware, c)
-    context = np.where(x.cp > 1, np.maximum(context * (1.0 - c.context_hidden), context - attention[0]), 0.0)
-    dispatch = 2.0 * network.all_to_all_s(
-        2.0 * tokens / x.tp * shape.top_k * shape.hidden,
-        x.ep,
-        x.expert_tp,
-        hardware,
-        c,
-        copies=shape.top_k,
-        one_copy=x.one_copy_per_node,
-    )
-    expert = np.where(has_experts, expert_share * dispatch * (1.0 - c.expert_hidden * x.overlap_experts), 0.0)
-
-    # --- a layer, forward and backward, with what is computed again ---
-    again = {
-        "matmul": _choose(x.recompute, 0.0, 0.0, ALTERNATE_MATMULS, 1.0),
-        "attention": _choose(x.recompute, 0.0, np.where(x.flash > 0, 0.0, 1.0), 0.0, 1.0),
-        "elementwise": _choose(x.recompute, 0.0, 0.0, 1.0, 1.0),
-        "network": _choose(x.recompute, 0.0, 0.0, ALTERNATE_MATMULS, 1.0),
-    }
-    stack = c.stack
-    kernels = {
-        "matmul": (matmul[0] + matmul[1]) * stack,
-        "attention": (attention[0] + attention[1]) * stack,
-        "experts": (experts[0] + experts[1]) * stack,
-        "elementwise": (elementwise[0] + elementwise[1]) * stack,
-    }
-    repeated = stack * (
-        again["matmul"] * (matmul[0] + experts[0])
-        + again["attention"] * attention[0]
-        + again["elementwise"] * elementwise[0]
-    )
-    busy = sum(kernels.values()) + repeated
-    repeats = _choose(x.recompute, 0.0, 0.05, 0.2, 1.0 / 3.0)
-    fewer = np.where(x.few_launches > 0, c.launch_fused, 1.0)
-    host = c.launch_s * fewer * (1.0 + repeats) * (1.0 + c.launch_tensor * (x.tp > 1))
-    launch = soft_max(busy, host + 0.0 * busy, 8.0) - busy
-    tensor = tensor * (2.0 + again["network"])
-    context = context * (3.0 + again["attention"])
-    expert = expert * (2.0 + again["network"])
-
-    # --- sharded weights: gathered for each micro-batch, forward and backward, ahead of use ---
-    layer_weights = (
-        shape.attention_weights
-        + dense_share * shape.mlp_weights
-        + expert_share * (shape.shared_weights + shape.expert_weights * shape.experts / x.ep * x.tp / x.expert_tp)
-    ) / x.tp
-    stride = x.tp * x.cp
-    gather = network.ring_s(2.0 * layer_weights, x.shard, stride, hardware, c)
-    scatter = network.ring_s(x.gradient_bytes * layer_weights, x.shard, stride, hardware, c)
-    forward_busy = busy / 3.0
-    sharded = x.sharding == 3
-    gradients_too = x.sharding >= 2
-    shard_forward = _exposed(gather, forward_busy, c)
-    shard_backward = _exposed(gather + scatter, busy - forward_busy, c)
-    shard_zero2 = _exposed(scatter, busy - forward_busy, c)
-    shard = np.where(sharded, shard_forward + shard_backward, np.where(gradients_too, shard_zero2, 0.0))
-    # In a pipeline, weights are gathered once a step and kept until its last micro-batch (PipelineStage with FSDP2).
-    kept = (x.pp > 1) & (x.sharding >= 2)
-    shard = np.where(kept, 0.0, shard)
+    weights = layer_weights(shape, x)
+    accumulate = memory_s(accumulated_bytes(x) * weights, hardware, c) * c.stack
+    busy = layers.busy_s + accumulate
+    shard = _sharded_s(x, weights, busy, hardware, c)
+    exposed = layers.launch_s + layers.tensor_s + layers.context_s + layers.expert_s + shard
+    layer = busy + exposed
 
     # --- stages ---
     most, first, last = stage_layers(shape.layers, x.pp, x.chunks)
-    layer = busy + launch + tensor + context + expert + shard
-    head = head_s(shape, x, hardware, c) * stack
-    embedding = memory_s(2.0 * local * shape.hidden * 6.0, hardware, c)
-    stage_last = last * layer + head + np.where(x.pp > 1, 0.0, embedding)
-    stage_first = first * layer + embedding
-    stage_most = most * layer
-    slowest = np.maximum(np.maximum(stage_last, np.where(x.pp > 1, stage_first, 0.0)), np.where(x.pp > 2, stage_most, 0.0))
-    others = np.where(
-        x.pp > 1, stage_first + stage_last + (x.pp - 2.0) * stage_most - slowest, 0.0
-    )
-    bubble = others / x.chunks
-    paced = np.where(slowest == stage_last, last, np.where((slowest == stage_first) & (x.pp > 1), first, most))
-    passes_of_layer = x.micro_batches * paced
-    hop = network.send_s(
-        2.0 * tokens * shape.hidden / np.where(x.sequence_parallel > 0, x.tp, 1.0),
-        x.tp * x.cp * x.data,
-        hardware,
-        c,
-    )
-    pipeline = np.where(
-        x.pp > 1,
-        2.0 * hop * (x.micro_batches * x.chunks * (1.0 - c.pipeline_hidden) + (x.pp - 1.0)),
-        0.0,
-    )
+    several = x.pp > 1
+    stage_last = last * layer + layers.head_s + np.where(several, 0.0, layers.embedding_s)
+    stage_first = np.where(several, first * layer + layers.embedding_s, 0.0)
+    stage_most = np.where(x.pp > 2, most * layer, 0.0)
+    slowest = np.maximum(np.maximum(stage_last, stage_first), stage_most)
+    others = np.where(several, stage_first + stage_last + (x.pp - 2.0) * stage_most - slowest, 0.0)
+    paced = np.where(slowest == stage_last, last, np.where(slowest == stage_first, first, most))
+    times = x.micro_batches * paced
 
-    # --- once per step: gradients, optimizer ---
     held_dense, held_expert = stage_weights(shape, x)
-    ranks = x.data * x.cp
-    replicas = x.data / x.shard
-    sum_dense = np.where(
-        x.sharding >= 2,
-        # what is sharded was scattered above; replicas still sum their shards
-        2.0 * network.ring_s(x.gradient_bytes * held_dense / x.shard, replicas, stride * x.shard, hardware, c),
-        network.ring_s(x.gradient_bytes * held_dense, ranks, x.tp, hardware, c)
-        + network.ring_s(
-            np.where(x.sharding == 1, 2.0, x.gradient_bytes) * held_dense, ranks, x.tp, hardware, c
-        ),
-    )
-    expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
-    sum_expert = np.where(
-        x.sharding >= 2,
-        0.0,
-        network.ring_s(
-            (x.gradient_bytes + np.where(x.sharding == 1, 2.0, x.gradient_bytes)) * held_expert,
-            expert_ranks,
-            x.ep * x.expert_tp,
-            hardware,
-            c,
-        ),
-    )
-    gathered_once = np.where(
-        kept,
-        network.ring_s((2.0 + x.gradient_bytes) * (held_dense + held_expert), x.shard, stride, hardware, c),
-        0.0,
-    )
-    summed = sum_dense + sum_expert + gathered_once
-    one_pass = paced * layer / x.chunks
-    hidden = np.minimum(summed * c.data_hidden, one_pass) * x.overlap_data
-    data = summed - hidden
-    owners = np.where(x.sharding >= 1, np.where(x.sharding == 1, ranks, x.shard), 1.0)
-    expert_owners = np.where(x.sharding >= 1, np.minimum(expert_ranks, owners), 1.0)
-    optimizer = memory_s(c.optimizer_bytes * (held_dense / owners + held_expert / expert_owners), hardware, c)
-
-    nodes = np.maximum(x.tp * x.cp * x.data * x.pp / 8.0, 1.0)
+    summed = _summed_s(x, held_dense, held_expert, hardware, c)
+    data = np.where(x.overlap_data > 0, _exposed(summed, slowest / x.chunks, c), summed)
     parts = StepParts(
-        matmul_s=passes_of_layer * kernels["matmul"],
-        attention_s=passes_of_layer * kernels["attention"],
-        experts_s=passes_of_layer * kernels["experts"],
-        elementwise_s=passes_of_layer * kernels["elementwise"],
+        matmul_s=times * layers.matmul_s,
+        attention_s=times * layers.attention_s,
+        experts_s=times * layers.experts_s,
+        elementwise_s=times * (layers.elementwise_s + accumulate),
         head_s=x.micro_batches * (slowest - paced * layer),
-        recompute_s=passes_of_layer * repeated,
-        launch_s=passes_of_layer * launch,
-        tensor_s=passes_of_layer * tensor,
-        context_s=passes_of_layer * context,
-        expert_s=passes_of_layer * expert,
-        shard_s=passes_of_layer * shard,
+        recompute_s=times * layers.recompute_s,
+        launch_s=times * layers.launch_s,
+        tensor_s=times * layers.tensor_s,
+        context_s=times * layers.context_s,
+        expert_s=times * layers.expert_s,
+        shard_s=times * shard,
         data_s=data,
-        pipeline_s=pipeline,
-        bubble_s=bubble,
-        optimizer_s=optimizer,
+        pipeline_s=_pipeline_s(shape, x, hardware, c),
+        bubble_s=others / x.chunks,
+        optimizer_s=_optimizer_s(x, held_dense, held_expert, hardware, c),
         straggler_s=np.zeros_like(data),
         fixed_s=c.step_s + 0.0 * data,
     )
-    lag = c.straggler * np.log2(nodes) * parts.total_s
-    return StepParts(**{f.name: getattr(parts, f.name) for f in fields(parts) if f.name != "straggler_s"}, straggler_s=lag)
-
-
-def _choose(index: Array, *values: Array | float) -> Array:
-    return np.asarray(np.select([index == i for i in range(len(values))], values))
+    nodes = np.maximum(x.tp * x.cp * x.data * x.pp / 8.0, 1.0)
+    parts = replace(parts, straggler_s=c.straggler * np.log2(nodes) * parts.total_s)
+    length = parts.total_s.shape  # a part that no candidate has is one zero so far
+    return StepParts(**{f.name: np.broadcast_to(getattr(parts, f.name), length) for f in fields(parts)})
 
 
 def _exposed(network_s: Array, busy_s: Array, constants: Constants) -> Array:
     """What a transfer beside `busy_s` of compute adds: what does not fit, and what it slows."""
     return np.asarray(
-        soft_max(busy_s, network_s, 8.0) - busy_s + constants.shard_contention * np.minimum(network_s, busy_s)
+        soft_max(busy_s, network_s, 8.0) - busy_s + constants.contention * np.minimum(network_s, busy_s)
     )
+
+
+def _kept(x: Execution) -> npt.NDArray[np.bool_]:
+    """In a pipeline, sharded weights are gathered once a step and kept until its last micro-batch."""
+    return np.asarray((x.pp > 1) & (x.sharding >= 2))
+
+
+def _weight_bytes(hardware: Hardware) -> Array:
+    """Bytes of a gathered weight: what matmuls take."""
+    return 2.0 - hardware.narrow
+
+
+def _sharded_s(x: Execution, weights: Array, busy: Array, hardware: Hardware, c: Constants) -> Array:
+    """Seconds per layer and micro-batch of gathering weights ahead of use and scattering gradients."""
+    if not np.any((x.sharding >= 2) & (x.pp <= 1)):
+        return np.zeros(())
+    stride = x.tp * x.cp
+    gather = network.ring_s(_weight_bytes(hardware) * weights, x.shard, stride, hardware, c)
+    scatter = network.ring_s(x.gradient_bytes * weights, x.shard, stride, hardware, c)
+    forward_busy = busy / 3.0
+    backward_busy = busy - forward_busy
+    whole = _exposed(gather, forward_busy, c) + _exposed(gather + scatter, backward_busy, c)
+    shard = np.where(x.sharding == 3, whole, _exposed(scatter, backward_busy, c))
+    return np.where((x.sharding >= 2) & ~_kept(x), shard, 0.0)
+
+
+def _pipeline_s(shape: ModelShape, x: Execution, hardware: Hardware, c: Constants) -> Array:
+    """Exposed seconds of messages between stages, two for each micro-batch and chunk.
+
+    Between nodes the host waits for both sides of a message. Where chunks interleave, it does so beside compute.
+    """
+    if not np.any(x.pp > 1):
+        return np.zeros(())
+    message = 2.0 * x.micro_batch * x.sequence / x.cp * shape.hidden
+    message = message / np.where(x.sequence_parallel > 0, x.tp, 1.0)
+    stride = x.tp * x.cp * x.data
+    host = c.hop_s * np.where(x.few_launches > 0, c.launch_fused, 1.0)
+    hop = network.send_s(message, x.pp, stride, hardware, c)
+    hop = hop + np.where(x.pp * stride > hardware.scale_up_chips, host, 0.0)
+    exposed = np.where(x.chunks > 1, 1.0 - c.pipeline_hidden, 1.0)
+    return np.where(x.pp > 1, 2.0 * hop * (x.micro_batches * x.chunks * exposed + x.pp - 1.0), 0.0)
+
+
+def _summed_s(x: Execution, dense: Array, experts: Array, hardware: Hardware, c: Constants) -> Array:
+    """Seconds of what happens to gradients and weights once a step: summed, gathered again, sharded or whole."""
+    stride, ranks = x.tp * x.cp, x.data * x.cp
+    gathered_bytes = np.where(x.sharding == 1, _weight_bytes(hardware), x.gradient_bytes)
+    # What is sharded was scattered with each micro-batch; replicas still sum their shards.
+    shards = 2.0 * x.gradient_bytes * dense / x.shard
+    summed_dense = np.where(
+        x.sharding >= 2,
+        network.ring_s(shards, x.data / x.shard, stride * x.shard, hardware, c),
+        network.ring_s(x.gradient_bytes * dense, ranks, x.tp, hardware, c)
+        + network.ring_s(gathered_bytes * dense, ranks, x.tp, hardware, c),
+    )
+    expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
+    expert_bytes = np.where(x.sharding >= 2, 0.0, (x.gradient_bytes + gathered_bytes) * experts)
+    summed_experts = network.ring_s(expert_bytes, expert_ranks, x.ep * x.expert_tp, hardware, c)
+    summed_experts = np.where(x.sharding >= 2, 0.0, summed_experts)
+    once = (_weight_bytes(hardware) + x.gradient_bytes) * (dense + experts)
+    once_s = np.where(_kept(x), network.ring_s(once, x.shard, stride, hardware, c), 0.0)
+    return summed_dense + summed_experts + once_s
+
+
+def _optimizer_s(x: Execution, dense: Array, experts: Array, hardware: Hardware, c: Constants) -> Array:
+    """Seconds of the optimizer's passes over its part of the weights."""
+    ranks = x.data * x.cp
+    expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
+    owners = np.where(x.sharding >= 1, np.where(x.sharding == 1, ranks, x.shard), 1.0)
+    expert_owners = np.where(x.sharding >= 1, np.minimum(expert_ranks, owners), 1.0)
+    return memory_s(c.optimizer_bytes * (dense / owners + experts / expert_owners), hardware, c)
 
 
 def stage_layers(layers: Array, pp: Array, chunks: Array) -> tuple[Array, Array, Array]:
@@ -321,19 +217,14 @@ def stage_layers(layers: Array, pp: Array, chunks: Array) -> tuple[Array, Array,
     )
 
 
-def head_s(shape: ModelShape, x: Execution, hardware: Hardware, c: Constants) -> Array:
-    """Seconds of logits, loss and their gradients for one micro-batch, split over tensor-parallel ranks."""
-    tokens = x.micro_batch * x.sequence / x.cp
-    forward, backward = linear_s(tokens, shape.vocab / x.tp, shape.hidden, hardware, c, wide=True)
-    return forward + backward + memory_s(4.0 * tokens * shape.vocab / x.tp * c.loss_passes, hardware, c)
-
-
 def stage_weights(shape: ModelShape, x: Execution) -> tuple[Array, Array]:
     """Weights that the fullest rank holds before any sharding: (dense part, its experts)."""
     most, first, last = stage_layers(shape.layers, x.pp, x.chunks)
     expert_share = shape.expert_layers / shape.layers
     per_layer = (
-        shape.attention_weights + (1.0 - expert_share) * shape.mlp_weights + expert_share * shape.shared_weights
+        shape.attention_weights
+        + (1.0 - expert_share) * shape.mlp_weights
+        + expert_share * shape.shared_weights
     )
     table = shape.embedding_weights
     tables = np.where(x.pp > 1, 1.0, 2.0 - shape.tied)
