@@ -9,6 +9,7 @@ core), judges the shipped constants on all rows, and writes benchmarks/planner_a
 import argparse
 import hashlib
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -171,7 +172,7 @@ def decimal(value: float | None) -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    right = ["---:" if rows and any(c.isdigit() for c in rows[0][i]) else "---" for i in range(len(heads))]
+    right = ["---:" if rows and re.fullmatch(r"-?[\d.]+", rows[0][i]) else "---" for i in range(len(heads))]
     return ["| " + " | ".join(cells) + " |" for cells in (heads, right, *rows)] + [""]
 
 

@@ -17,7 +17,7 @@ Examples:
 def calibrate(
     tables: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Tables of published runs, as CSV.", show_default=False),
+        typer.Argument(metavar="FILE", help="Tables of published runs, as CSV.", show_default=False),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE.toml", help="Where the constants are written.")],
     priors: Annotated[

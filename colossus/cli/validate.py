@@ -23,7 +23,7 @@ Examples:
 def validate(
     tables: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Tables of published runs, as CSV.", show_default=False),
+        typer.Argument(metavar="FILE", help="Tables of published runs, as CSV.", show_default=False),
     ],
     where: Annotated[
         list[str] | None,

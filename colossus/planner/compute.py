@@ -35,8 +35,7 @@ def matmul_s(
     """
     peak = hardware.wide_flops if wide else hardware.peak_flops
     efficiency = constants.wide_matmul if wide else constants.matmul
-    if np.ndim(groups) or groups != 1.0:
-        efficiency = efficiency * constants.grouped_matmul
+    efficiency = efficiency * np.where(np.asarray(groups) > 1.0, constants.grouped_matmul, 1.0)
     clock = hardware.power_share**constants.power_exponent
     rate = peak * np.minimum(efficiency * clock, 1.0)
     tiles = groups * np.ceil(rows / TILE_ROWS) * np.ceil(columns / TILE_COLUMNS)

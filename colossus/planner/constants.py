@@ -37,8 +37,6 @@ class Constants(Columns):
     """Host time to start one layer's kernels, forward and backward."""
     launch_fused: Array
     """The same where kernels are fused or captured in graphs, over that."""
-    launch_tensor: Array
-    """What tensor parallelism's collectives add to it."""
     attention: Array
     """Share of the 16-bit peak that fused attention reaches forward, heads of 128, long sequences."""
     attention_backward: Array

@@ -130,7 +130,7 @@ def estimate_derived(plan: Plan, name: str) -> Iterator[str]:
             yield f"{mtbf:,.0f} s between failures; no shorter than a write takes"
         case "facility_watts":
             watts = e.facility_watts.likely
-            yield "watts per chip with its part of node, network and cooling × chips"
+            yield "watts per chip, with its part of node, network and cooling × chips that train or stand ready"
             yield f"{watts / chips:,.0f} W × {chips:,} = {watts / 1e6:,.4g} MW"
         case "energy_mwh":
             yield "facility watts × hours"
@@ -148,7 +148,7 @@ def estimate_derived(plan: Plan, name: str) -> Iterator[str]:
         case "cost_usd" | "cost_owned_usd":
             usd = getattr(e, name).likely
             each = usd / chip_hours if chip_hours else 0.0
-            yield "chips held, spare and idle ones too × hours × USD per chip and hour"
+            yield "chips that train or stand ready × hours × USD per chip and hour"
             yield f"{chips:,} × {e.days.likely * 24:,.1f} h × {each:.3g} USD = {usd:,.0f} USD"
 
 

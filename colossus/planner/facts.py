@@ -61,13 +61,13 @@ def compared(ratio: float, objective: str = "time") -> str:
 
 
 def held_chips(plan: Plan) -> int:
-    """Chips that the run pays and powers: those that train, spares, and those left over."""
-    return sum(
-        share.num_groups * plan.layout.group_ranks
-        + share.idle_chips
-        + share.spare_nodes * pool_of(plan, share).node.num_chips
-        for share in plan.pools
-    )
+    """Chips that the run pays and powers: whole nodes that train, and spare ones."""
+    held = 0
+    for share in plan.pools:
+        each = pool_of(plan, share).node.num_chips
+        training = -(-share.num_groups * plan.layout.group_ranks // each)
+        held += (training + share.spare_nodes) * each
+    return held
 
 
 def domain_bound(plan: Plan) -> str:

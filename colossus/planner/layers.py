@@ -95,7 +95,8 @@ def layer_times(
         + again_attention * attention[0]
         + again_elementwise * elementwise[0]
     )
-    context = _context(shape, x, tokens, attention, again_attention, hardware, c)
+    beside = (attention[0] * c.stack, attention[1] * c.stack)
+    context = _context(shape, x, tokens, beside, again_attention, hardware, c)
     local = tokens / np.where(x.sequence_parallel > 0, x.tp, 1.0)
     times = LayerTimes(
         matmul_s=np.asarray((matmul[0] + matmul[1]) * c.stack),
@@ -110,7 +111,8 @@ def layer_times(
         head_s=head_s(shape, x, hardware, c) * c.stack,
         embedding_s=memory_s(2.0 * local * shape.hidden * 6.0, hardware, c),
     )
-    return replace(times, launch_s=_launch(x, times.busy_s, c))
+    queued = times.busy_s + times.tensor_s + times.context_s + times.expert_s
+    return replace(times, launch_s=_launch(x, queued, c))
 
 
 def choose(index: Array, *values: Array | float) -> Array:
@@ -302,9 +304,9 @@ def _dispatch(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware
     return 2.0 * there * share * (1.0 - c.expert_hidden * x.overlap_experts)
 
 
-def _launch(x: Execution, busy_s: Array, c: Constants) -> Array:
-    """Seconds in which the chip waits for the host to start kernels."""
+def _launch(x: Execution, queued_s: Array, c: Constants) -> Array:
+    """Seconds in which the chip waits for the host to start kernels, collectives among them."""
     repeats = choose(x.recompute, 0.0, 0.05, 0.2, 1.0 / 3.0)
     fewer = np.where(x.few_launches > 0, c.launch_fused, 1.0)
-    host = c.launch_s * fewer * (1.0 + repeats) * (1.0 + c.launch_tensor * (x.tp > 1))
-    return np.asarray(soft_max(busy_s, host + 0.0 * busy_s, 8.0) - busy_s)
+    host = c.launch_s * fewer * (1.0 + repeats)
+    return np.asarray(soft_max(queued_s, host + 0.0 * queued_s, 8.0) - queued_s)

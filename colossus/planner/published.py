@@ -23,7 +23,15 @@ from colossus.planner.constants import Constants
 from colossus.planner.execution import Execution, Hardware
 from colossus.planner.shape import ModelShape
 from colossus.spec.fleet import Node, Precision
-from colossus.spec.model import Activation, AttentionSpec, LayerNormSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec
+from colossus.spec.model import (
+    Activation,
+    AttentionSpec,
+    LayerNormSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    NormSpec,
+)
 
 NODES = {
     "A100-80": "dgx-a100", "A100-40": "a100-40-hdr", "H100-SXM": "hgx-h100", "H100-HBM2e-96GB-500W": "hgx-h100-500w",
@@ -68,12 +76,17 @@ def stacks() -> tuple[Stack, ...]:
     return tuple(Stack(**{**entry, "match": tuple(entry["match"])}) for entry in table["stack"])
 
 
-def stack_of(framework: str) -> Stack:
-    """The stack that a framework's name says; an unknown one counts as compiled FSDP."""
+def known_stack(framework: str) -> Stack | None:
+    """The stack that a framework's name says, if any does."""
     for stack in stacks():
         if any(re.search(pattern, framework, re.IGNORECASE) for pattern in stack.match):
             return stack
-    return next(stack for stack in stacks() if stack.name == "fsdp-compiled")
+    return None
+
+
+def stack_of(framework: str) -> Stack:
+    """The stack that a framework's name says; an unknown one counts as compiled FSDP."""
+    return known_stack(framework) or next(stack for stack in stacks() if stack.name == "fsdp-compiled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +108,7 @@ class Run:
 
     @property
     def num_chips(self) -> int:
-        return int(self.row["n_gpus"])
+        return int(float(self.row["n_gpus"]))
 
     @property
     def kernel(self) -> str:
@@ -340,8 +353,10 @@ def _default_chunks(
     row: Mapping[str, str], model: ModelSpec, stack: Stack, pp: int, micro_batches: int
 ) -> int:
     """Virtual stages where the table does not say: as many as there are layers for, up to 12, where the software
-    interleaves by default and a plain schedule would idle for more than a tenth of the step; else none."""
-    interleaves = stack.interleaves or "interleaved 1f1b" in row.get("notes", "").lower()
+    interleaves by default and a plain schedule would idle for more than a tenth of the step; else none. Software
+    that nothing is known of is taken to: what trains in such pipelines does (arXiv:2407.21783, section 3.3.2)."""
+    unknown = known_stack(row.get("framework", "")) is None
+    interleaves = stack.interleaves or unknown or "interleaved 1f1b" in row.get("notes", "").lower()
     if not interleaves or pp == 1 or (pp - 1) / micro_batches < 0.1:
         return 1
     per_stage = [

@@ -177,7 +177,7 @@ def express(rows: Rows) -> tuple[list[Run], list[int], dict[int, str]]:
     places: list[int] = []
     for place, row in enumerate(rows):
         try:
-            run = run_of(plain_count(row))
+            run = run_of(row)
             beyond = next((name for name, most in MOST.items() if float(row.get(name, "") or 0) > most), None)
             if beyond:
                 raise Inexpressible(f"{beyond} is {row[beyond]}, beyond any run")
@@ -191,15 +191,6 @@ def express(rows: Rows) -> tuple[list[Run], list[int], dict[int, str]]:
         runs.append(run)
         places.append(place)
     return runs, places, skipped
-
-
-def plain_count(row: Mapping[str, str]) -> Mapping[str, str]:
-    """The row with its GPUs as a whole number where a spreadsheet has written `16.0` or `1e3`."""
-    try:
-        number = float(row.get("n_gpus", ""))
-    except ValueError:
-        return row
-    return {**row, "n_gpus": str(int(number))} if math.isfinite(number) and number == int(number) else row
 
 
 def none_expressed(num_rows: int, skipped: Mapping[int, str]) -> str:
