@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from colossus.planner import intervals
-from colossus.planner.calibrate import (
+from colossus.planner.evidence import intervals
+from colossus.planner.evidence.calibrate import (
     Fold,
     by_configuration,
     by_source,
@@ -29,8 +29,16 @@ from colossus.planner.calibrate import (
     summary,
     usable,
 )
-from colossus.planner.published import Run, Table
-from colossus.planner.validate import DIMENSIONS, Comparison, compare, express, ranking, read_tables, report
+from colossus.planner.evidence.published import Run, Table
+from colossus.planner.evidence.validate import (
+    DIMENSIONS,
+    Comparison,
+    compare,
+    express,
+    ranking,
+    read_tables,
+    report,
+)
 
 HERE = Path(__file__).parent
 HEADS = ("rows", "MAPE", "median", "p90", "bias")

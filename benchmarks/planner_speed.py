@@ -4,9 +4,9 @@
     python benchmarks/planner_speed.py --calculon path/to/calculon --limit-s 3600
 
 Calculon (https://github.com/calculon-ai/calculon) is not on PyPI: give a checkout, with its requirements
-(numpy, pandas, psutil) installed where this runs. Both search for the fastest way to train GPT-3 175B on 4,096 A100 with
-1,536 sequences per step, in one process; its space is not ours (it has offloading, we have sharded weights, context
-parallelism and zero-bubble schedules). CPU seconds, because machines are shared.
+(numpy, pandas, psutil) installed where this runs. Both search for the fastest way to train GPT-3 175B on 4,096 A100
+with 1,536 sequences per step, in one process; its space is not ours (it has offloading, we have sharded weights,
+context parallelism and zero-bubble schedules). CPU seconds, because machines are shared.
 """
 
 import argparse
@@ -33,7 +33,9 @@ CASES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--calculon", type=Path, help="a checkout of Calculon")
     parser.add_argument("--limit-s", type=float, default=3600.0, help="CPU seconds after which it is stopped")
     given = parser.parse_args()

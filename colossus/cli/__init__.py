@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from colossus.cli import data, fleet, generate, models, plan, recipes, runs, train
+from colossus.cli import calibrate, data, fleet, generate, models, plan, recipes, runs, train, validate
 from colossus.cli.group import Group
 from colossus.errors import ColossusError, ConfigError
 
@@ -23,6 +23,8 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("plan", epilog=plan.PLAN_EPILOG)(plan.plan)
 app.command("explain", epilog=plan.EXPLAIN_EPILOG)(plan.explain)
 app.command("compare", epilog=plan.COMPARE_EPILOG)(plan.compare)
+app.command("validate", epilog=validate.EPILOG)(validate.validate)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.add_typer(runs.app, name="runs")
 app.command("recipes")(recipes.recipes)

@@ -51,10 +51,10 @@ def calibrate(
 
     from colossus.cli.screen import screen
     from colossus.errors import ConfigError
-    from colossus.planner import calibrate as fitting
-    from colossus.planner import intervals as spreads
-    from colossus.planner.published import Run, Table, read_rows
-    from colossus.planner.validate import express, none_expressed
+    from colossus.planner.evidence import calibrate as fitting
+    from colossus.planner.evidence import intervals as spreads
+    from colossus.planner.evidence.published import Run, Table, read_rows
+    from colossus.planner.evidence.validate import express, none_expressed
 
     for path in (out, intervals):
         if path is not None and path.exists() and not replace:
@@ -111,7 +111,7 @@ def _summary(result: Any, beliefs: Any, runs: Any, left_out: Any) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from colossus.planner.calibrate import source_of, summary
+    from colossus.planner.evidence.calibrate import source_of, summary
 
     errors = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("source", "runs", "MAPE %", "median %", "p90 %", "left out: MAPE %", "median %"):

@@ -108,7 +108,7 @@ def plan(
     if out is not None:
         write(out, planned.plan.to_json().encode(), force)
     if plot is not None:
-        from colossus.planner.plot import plot_png
+        from colossus.planner.explain.plot import plot_png
 
         write(plot, plot_png(planned), force)
     if json:
@@ -139,8 +139,8 @@ def explain(
     from rich.text import Text
 
     from colossus.cli.plan_text import advice_lines, field_table, grid
-    from colossus.planner.describe import explain_field, field_names
-    from colossus.planner.facts import compared
+    from colossus.planner.explain.describe import explain_field, field_names
+    from colossus.planner.explain.facts import compared
     from colossus.spec.plan import Plan
 
     told = Plan.load(path)
@@ -175,7 +175,7 @@ def compare(
     json: JsonOption = False,
 ) -> None:
     """Compare two plans, field by field: what differs, and which is better in what."""
-    from colossus.planner.compare import rows, verdicts
+    from colossus.planner.explain.compare import rows, verdicts
     from colossus.spec.plan import Plan
 
     first, second = Plan.load(a), Plan.load(b)
@@ -241,7 +241,7 @@ def _planned(model: "ModelSpec", fleet: "Fleet", wanted: "Asked", today: date) -
         ), list(wanted.notes)
     from dataclasses import replace
 
-    from colossus.planner.explain import advice
+    from colossus.planner.explain.reasons import advice
     from colossus.units import format_count
 
     days = float((wanted.by - today).days)

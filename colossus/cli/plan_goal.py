@@ -50,7 +50,7 @@ class Asked:
 
 def asked(model: "ModelSpec", options: Options, today: date) -> Asked:
     """Raises ConfigError, one sentence, for what cannot be read and what contradicts."""
-    from colossus.planner.space import check_fixed
+    from colossus.planner.search.space import check_fixed
     from colossus.spec.config import validated
     from colossus.spec.goal import Goal
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from colossus.planner.derive import number
-from colossus.planner.describe import CHOICES, choice, with_range
-from colossus.planner.explain import reasons
-from colossus.planner.facts import chip_name, compared
-from colossus.planner.parts import bare, memory_part, step_part, step_parts
+from colossus.planner.explain.derive import number
+from colossus.planner.explain.describe import CHOICES, choice, with_range
+from colossus.planner.explain.facts import chip_name, compared
+from colossus.planner.explain.parts import bare, memory_part, step_part, step_parts
+from colossus.planner.explain.reasons import reasons
 from colossus.spec.plan import Plan
 from colossus.spec.ranged import Ranged
 from colossus.units import format_count
@@ -69,7 +69,7 @@ def advice_lines(plan: Plan) -> Iterator[Any]:
 
 def field_table(plan: Plan, names: Sequence[str]) -> "Table":
     """Each field's name, value and reason."""
-    from colossus.planner.describe import explain_field
+    from colossus.planner.explain.describe import explain_field
 
     table = _columns("field", "value", "why", right=())
     for name in names:

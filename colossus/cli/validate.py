@@ -9,7 +9,7 @@ import typer
 from colossus.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from colossus.planner.validate import Comparison
+    from colossus.planner.evidence.validate import Comparison
 
 EPILOG = """\b
 Examples:
@@ -56,9 +56,9 @@ def validate(
     count for verdicts only. Layouts of one run are ranked where at least three were measured; the regret is how
     much slower the first of the ranking was than the measured best.
     """
-    from colossus.planner import intervals
-    from colossus.planner.calibrate import read_constants
-    from colossus.planner.validate import compare, read_tables, report, select
+    from colossus.planner.evidence import intervals
+    from colossus.planner.evidence.calibrate import read_constants
+    from colossus.planner.evidence.validate import compare, read_tables, report, select
 
     _keep_tables(tables, out, plot)
     rows = select(read_tables(tables), where or [])
@@ -88,8 +88,8 @@ def _write_rows(found: "Comparison", path: Path) -> None:
     import csv
     import io
 
-    from colossus.planner.calibrate import write_whole
-    from colossus.planner.validate import details
+    from colossus.planner.evidence.calibrate import write_whole
+    from colossus.planner.evidence.validate import details
 
     rows = details(found)
     text = io.StringIO(newline="")

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from colossus.errors import ConfigError
-from colossus.planner import power, price, reliability, scaling_law, spares
-from colossus.planner.account import account
-from colossus.planner.explain import advice, reasons
-from colossus.planner.infeasible import explain_infeasible
-from colossus.planner.rank_memory import memory_parts
+from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
+from colossus.planner.estimate.memory import memory_parts
+from colossus.planner.estimate.shape import ModelShape
+from colossus.planner.estimate.step import StepParts, stage_layers
+from colossus.planner.explain.reasons import advice, reasons
 from colossus.planner.result import FrontPoint, MixtureGain, Planned
+from colossus.planner.run import power, price, reliability, scaling_law, spares
+from colossus.planner.run.account import account
 from colossus.planner.schedule.order import SCHEDULES
-from colossus.planner.search import (
+from colossus.planner.search.best import (
     FRONT_SLACK,
     Bounds,
     Candidates,
@@ -30,9 +32,8 @@ from colossus.planner.search import (
     in_flight_ratio,
     limit_bytes,
 )
-from colossus.planner.shape import ModelShape
-from colossus.planner.space import PRECISIONS, RECOMPUTE, SHARDING, Layouts, layouts, options
-from colossus.planner.step import StepParts, stage_layers
+from colossus.planner.search.infeasible import explain_infeasible
+from colossus.planner.search.space import PRECISIONS, Layouts, layouts, options
 from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
 from colossus.spec.model import ModelSpec
@@ -62,7 +63,9 @@ def make_plan(
         raise ConfigError(
             f"sequences of {sequence:,} tokens are longer than the context of {model.name}, {model.context_tokens:,}"
         )
-    tokens = goal.tokens or math.ceil(scaling_law.tokens_for_loss(model.num_params(), goal.loss or 0.0).likely)
+    tokens = goal.tokens or math.ceil(
+        scaling_law.tokens_for_loss(model.num_params(), goal.loss or 0.0).likely
+    )
     sequences = largest_batch(goal, tokens, sequence)
     usable = [pool for pool in _within_power(fleet, goal) if pool.num_nodes > 0]
     ready = {pool.node.name: spares.num_spare_nodes(pool) for pool in usable}
@@ -76,14 +79,16 @@ def make_plan(
     tried = [whole, *(_try(task, some, of=whole) for some in _subsets(pools)[1:])]
     best = min((t for t in tried if t.picked is not None), key=lambda t: t.objective, default=None)
     if best is None:
-        if isinstance(whole.failure, ConfigError):
-            raise whole.failure
-        raise ConfigError(explain_infeasible(model, pools, goal, sequence, sequences, whole.problem, whole.search))
+        if whole.problem is None or whole.search is None or whole.failure is not None:
+            raise whole.failure or ConfigError(f"no plan for {model.name} on fleet {fleet.name}")
+        raise ConfigError(
+            explain_infeasible(model, pools, goal, sequence, sequences, whole.problem, whole.search)
+        )
     plan = _plan(task, best, ready)
     plan = plan.model_copy(update={"alternatives": _alternatives(task, best)})
     plan = plan.model_copy(update={"reasons": reasons(plan)})
     mixture = _mixture(task, best, tried) if len(pools) > 1 else None
-    plan = plan.model_copy(update={"advice": advice(plan, mixture)})
+    plan = plan.model_copy(update={"advice": advice(plan, mixture, today=today)})
     return Planned(
         plan=Plan.model_validate(dict(plan)),
         candidates=sum(t.search.num_candidates for t in tried if t.search is not None),
@@ -158,10 +163,11 @@ def _within_power(fleet: Fleet, goal: Goal) -> list[Pool]:
         pool.num_chips * power.rated_watts_per_chip(pool.node) for pool in fleet.pools
     )
     share = min(1.0, goal.max_power_watts / needed)
-    pools = [pool.model_construct(node=pool.node, num_nodes=int(pool.num_nodes * share)) for pool in fleet.pools]
+    pools = [pool.model_copy(update={"num_nodes": int(pool.num_nodes * share)}) for pool in fleet.pools]
     if not any(pool.num_nodes for pool in pools):
         least = min(
-            power.rated_watts_per_chip(pool.node) * pool.node.num_chips * fleet.site.pue.likely for pool in fleet.pools
+            power.rated_watts_per_chip(pool.node) * pool.node.num_chips * fleet.site.pue.likely
+            for pool in fleet.pools
         )
         raise ConfigError(
             f"{goal.max_power_watts / 1e3:,.1f} kW feed no node of fleet {fleet.name}: the smallest takes "
@@ -198,7 +204,8 @@ def _kept(task: _Task, search: Search) -> Evaluated:
             + (f" (deadline {goal.deadline_days:g})" if goal.deadline_days is not None else "")
             + f" and {dollars[fastest]:,.0f} USD, the cheapest {dollars[cheapest]:,.0f} USD"
             + (f" (budget {goal.budget_usd:,.0f})" if goal.budget_usd is not None else "")
-            + f" and {days[cheapest]:,.1f} days; fewer tokens than {task.tokens:.3g}, a smaller model or a larger fleet help"
+            + f" and {days[cheapest]:,.1f} days; fewer tokens than {task.tokens:.3g}, a smaller model or a larger "
+            "fleet would help"
         )
     return evaluated.take(keeps)
 
@@ -285,7 +292,9 @@ def _same_nodes(pools: Sequence[Pool]) -> bool:
 def _alternatives(task: _Task, best: _Try) -> dict[str, Alternative]:
     """For each choice the best plan in which it is another."""
     search, found = best.search, best.found
-    assert search is not None and found is not None and best.picked is not None
+    assert search is not None
+    assert found is not None
+    assert best.picked is not None
     result = {}
     mine = found.take(np.array([best.picked[0]]))
     for name in CHOICES:
@@ -367,7 +376,8 @@ def _weak_search(problem: Problem, whole: _Try) -> Search:
 def _front(task: _Task, best: _Try) -> tuple[FrontPoint, ...]:
     """Candidates that no other beats in time, memory, energy, cost and size of a replica group at once."""
     problem, found = best.problem, best.found
-    assert problem is not None and found is not None
+    assert problem is not None
+    assert found is not None
     chips = _chips(problem, found)
     watts = chips @ np.array([task.watts_per_chip(pool) for pool in problem.pools])
     dollars = chips @ np.array([task.usd_per_chip_hour(pool) / 3600 for pool in problem.pools])
@@ -425,7 +435,9 @@ MOST_ON_FRONT = 60
 
 def _plan(task: _Task, best: _Try, ready: dict[str, int]) -> Plan:
     problem, found = best.problem, best.found
-    assert problem is not None and found is not None and best.picked is not None
+    assert problem is not None
+    assert found is not None
+    assert best.picked is not None
     row, _, _, parts = best.picked
     layout = problem.layouts.take(found.candidates.layout[[row]])
     groups, counts = found.groups[row], found.micro_batches[row]
@@ -490,11 +502,15 @@ def _memory(problem: Problem, layout: Layouts, option: int, micro_batches: float
     one = np.ones(1)
     choice = problem.options
     x = execution(
-        problem, layout, one * choice.micro_batch[option], one * choice.recompute[option], one, one * micro_batches
+        problem,
+        layout,
+        one * choice.micro_batch[option],
+        one * choice.recompute[option],
+        one,
+        one * micro_batches,
     )
     parts = memory_parts(problem.shape, x)
     held = {f.name.removesuffix("_bytes"): float(getattr(parts, f.name)[0]) for f in fields(parts)}
     held["activations"] *= float(in_flight_ratio(x, layout.schedule)[0])
     held.pop("fragmentation", None)  # what the allocator caches it gives back before it fails
     return {name: int(size) for name, size in held.items()}
-

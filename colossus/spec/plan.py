@@ -141,7 +141,9 @@ class Plan(Frozen):
     def _adds_up(self) -> Self:
         groups = sum(pool.num_groups for pool in self.pools)
         if groups != self.layout.replica:
-            raise ValueError(f"the pools run {groups} replica groups, and the layout has {self.layout.replica}")
+            raise ValueError(
+                f"the pools run {groups} replica groups, and the layout has {self.layout.replica}"
+            )
         if len(self.stage_layers) != self.layout.pp or sum(self.stage_layers) != self.model.num_layers:
             raise ValueError(
                 f"{len(self.stage_layers)} stages of {sum(self.stage_layers)} layers, for pp {self.layout.pp} and "

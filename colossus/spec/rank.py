@@ -8,7 +8,6 @@ from colossus.spec.base import Frozen
 from colossus.spec.model import Dtype, Positive
 from colossus.spec.plan import Layout
 
-
 Float32Library = Literal["default", "onednn"]
 """Who computes float32 matmuls on a CPU: torch's default (MKL or OpenBLAS), or oneDNN."""
 

@@ -13,8 +13,8 @@ import pytest
 
 from colossus.cli import main
 from colossus.errors import ConfigError
-from colossus.planner.describe import field_names
-from colossus.planner.explain import advice
+from colossus.planner.explain.describe import field_names
+from colossus.planner.explain.reasons import advice
 from colossus.planner.result import Planned
 from colossus.spec.goal import Goal
 from colossus.spec.plan import Plan

@@ -12,7 +12,7 @@ import pytest
 
 from colossus import cli
 from colossus.cli import calibrate, validate
-from colossus.planner.validate import compare
+from colossus.planner.evidence.validate import compare
 from tests.planner.test_validate import row, rows
 
 COMMANDS = {

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from colossus.models import Decoder, attention, build
-from colossus.planner.memory import EXPLICIT_ATTENTION_MAX_TOKENS, activation_bytes
+from colossus.planner.one_rank.memory import EXPLICIT_ATTENTION_MAX_TOKENS, activation_bytes
 from colossus.spec.model import Dtype, ModelSpec
 from colossus.trainer.precision import DTYPES
 from tests.helpers import VARIETIES, random_tokens

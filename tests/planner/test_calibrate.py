@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from colossus.errors import ConfigError
-from colossus.planner import calibrate, intervals
-from colossus.planner.calibrate import (
+from colossus.planner.estimate.constants import shipped
+from colossus.planner.estimate.step import StepParts, step_parts
+from colossus.planner.evidence import calibrate, intervals
+from colossus.planner.evidence.calibrate import (
     Fit,
     TableFile,
     by_configuration,
@@ -26,8 +28,7 @@ from colossus.planner.calibrate import (
     usable,
     write_whole,
 )
-from colossus.planner.constants import shipped
-from colossus.planner.intervals import (
+from colossus.planner.evidence.intervals import (
     Distance,
     LeftOut,
     Seen,
@@ -37,8 +38,7 @@ from colossus.planner.intervals import (
     intervals_toml,
     read,
 )
-from colossus.planner.published import Run, Table, run_of
-from colossus.planner.step import StepParts, step_parts
+from colossus.planner.evidence.published import Run, Table, run_of
 from tests.planner.test_validate import row
 
 MODELS = ((16, 2048), (24, 4096), (48, 8192))

@@ -7,17 +7,17 @@ import pytest
 
 from colossus.errors import ConfigError
 from colossus.hardware import parse_fleet
-from colossus.planner.advice import memory_with_half_tp
-from colossus.planner.compare import rows, verdicts
-from colossus.planner.describe import CHOICES, ESTIMATES, explain_field, field_names, runs
-from colossus.planner.explain import advice, reasons
-from colossus.planner.facts import compared, held_chips, ideal_bubble
-from colossus.planner.parts import MEMORY_PARTS, STEP_PARTS, bare, step_parts
+from colossus.planner.estimate.memory import MemoryParts
+from colossus.planner.estimate.step import StepParts
+from colossus.planner.explain.advice import memory_with_half_tp
+from colossus.planner.explain.compare import rows, verdicts
+from colossus.planner.explain.describe import CHOICES, ESTIMATES, explain_field, field_names, runs
+from colossus.planner.explain.facts import compared, held_chips, ideal_bubble
+from colossus.planner.explain.parts import MEMORY_PARTS, STEP_PARTS, bare, step_parts
+from colossus.planner.explain.plot import plot_png
+from colossus.planner.explain.reasons import advice, reasons
 from colossus.planner.plan import make_plan
-from colossus.planner.plot import plot_png
-from colossus.planner.power import rated_watts_per_chip
-from colossus.planner.rank_memory import MemoryParts
-from colossus.planner.step import StepParts
+from colossus.planner.run.power import rated_watts_per_chip
 from colossus.spec.goal import Goal
 from colossus.spec.plan import Plan
 from colossus.zoo import find

@@ -6,7 +6,7 @@ import pytest
 
 from colossus.errors import ConfigError
 from colossus.planner import plan_one_rank, step_memory
-from colossus.planner.memory import FRAGMENTATION, LIBRARY_BYTES, SAVING_BYTES
+from colossus.planner.one_rank.memory import FRAGMENTATION, LIBRARY_BYTES, SAVING_BYTES
 from colossus.spec.model import Dtype, NgramSpec
 from colossus.spec.rank import Machine, Memory
 from colossus.spec.run import AdamW, Batch, Muon, RunConfig

@@ -34,12 +34,17 @@ def mixed() -> Planned:
 
 def test_a_plan_adds_up(dense: Planned) -> None:
     plan = dense.plan
-    assert plan.layout.num_ranks + sum(pool.idle_chips for pool in plan.pools) + 8 * sum(
-        pool.spare_nodes for pool in plan.pools
-    ) == 64
+    assert (
+        plan.layout.num_ranks
+        + sum(pool.idle_chips for pool in plan.pools)
+        + 8 * sum(pool.spare_nodes for pool in plan.pools)
+        == 64
+    )
     assert sum(plan.stage_layers) == 32
     assert sum(plan.estimate.step_parts_s.values()) == pytest.approx(plan.estimate.step_time_s.likely)
-    assert plan.step_tokens / plan.estimate.step_time_s.likely == pytest.approx(plan.estimate.tokens_per_s.likely)
+    assert plan.step_tokens / plan.estimate.step_time_s.likely == pytest.approx(
+        plan.estimate.tokens_per_s.likely
+    )
     for pool in plan.pools:
         assert pool.peak_bytes <= pool.memory_limit_bytes
     days = plan.tokens / plan.estimate.tokens_per_s.likely / 86_400 / plan.estimate.goodput.likely
@@ -86,7 +91,10 @@ def test_a_plan_file_gives_the_plan_back(mixed: Planned) -> None:
         (lambda text: text[: len(text) // 2], "cut short"),
         (lambda text: "{}", "lacks 'plan'"),
         (lambda text: text.replace('"schedule": "', '"schedule": "x'), "schedule"),
-        (lambda text: json.dumps({**json.loads(text), "plan": {**json.loads(text)["plan"], "tokens": 7}}), "edited"),
+        (
+            lambda text: json.dumps({**json.loads(text), "plan": {**json.loads(text)["plan"], "tokens": 7}}),
+            "edited",
+        ),
         (lambda text: re.sub(r'"replica": (\d+)', r'"replica": 1\1', text), "replica groups"),
     ],
 )
@@ -157,5 +165,9 @@ def test_the_default_batch() -> None:
 def test_sequences_beyond_the_context_are_refused() -> None:
     with pytest.raises(ConfigError, match="longer than the context"):
         make_plan(
-            zoo.find("llama3-8b"), parse_fleet("h100:8"), Goal(tokens=10**9), sequence_tokens=10**6, today=TODAY
+            zoo.find("llama3-8b"),
+            parse_fleet("h100:8"),
+            Goal(tokens=10**9),
+            sequence_tokens=10**6,
+            today=TODAY,
         )

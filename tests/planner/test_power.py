@@ -5,7 +5,7 @@ from datetime import date
 import pytest
 
 from colossus.errors import ConfigError
-from colossus.planner.power import (
+from colossus.planner.run.power import (
     check_power,
     chip_watts,
     chips_fed,

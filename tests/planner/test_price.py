@@ -5,9 +5,16 @@ from datetime import date
 import pytest
 
 from colossus.errors import ConfigError
-from colossus.planner.power import run_energy
-from colossus.planner.price import capital_usd_per_chip, owned_chip_hour, owned_usd, rent, rented_usd, rents
-from colossus.planner.rates import table
+from colossus.planner.run.power import run_energy
+from colossus.planner.run.price import (
+    capital_usd_per_chip,
+    owned_chip_hour,
+    owned_usd,
+    rent,
+    rented_usd,
+    rents,
+)
+from colossus.planner.run.rates import table
 from colossus.spec.fleet import Node, Pool
 from colossus.spec.ranged import Ranged
 from tests.planner.test_power import H100, site

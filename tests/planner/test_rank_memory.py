@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from colossus import zoo
 from colossus.errors import ConfigError
-from colossus.planner.execution import RECOMPUTE, SHARDING, Execution
-from colossus.planner.rank_memory import Held, MemoryParts, fits, memory_parts, overflow, usable_bytes
-from colossus.planner.shape import ModelShape
+from colossus.planner.estimate.execution import RECOMPUTE, SHARDING, Execution
+from colossus.planner.estimate.memory import Held, MemoryParts, fits, memory_parts, overflow, usable_bytes
+from colossus.planner.estimate.shape import ModelShape
 from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec
 
 GIB = 2**30

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from colossus.errors import ConfigError
-from colossus.planner.rates import table
-from colossus.planner.reliability import (
+from colossus.planner.run.rates import table
+from colossus.planner.run.reliability import (
     Checkpoints,
     Failures,
     best_interval_s,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colossus.errors import ConfigError
-from colossus.planner.scaling_law import (
+from colossus.planner.run.scaling_law import (
     BESIROGLU,
     HOFFMANN,
     ScalingLaw,

@@ -11,9 +11,9 @@ from colossus import zoo
 from colossus.errors import ConfigError
 from colossus.hardware.catalog import fabric
 from colossus.hardware.fleet_text import parse_fleet
-from colossus.planner.search import Evaluated, Problem, Search, choose
-from colossus.planner.shape import ModelShape
-from colossus.planner.space import SHARDING, layouts, options
+from colossus.planner.estimate.shape import ModelShape
+from colossus.planner.search.best import Evaluated, Problem, Search, choose
+from colossus.planner.search.space import SHARDING, layouts, options
 from colossus.spec.fleet import Pool
 from colossus.spec.goal import Goal
 
@@ -21,7 +21,11 @@ GOAL = Goal(tokens=10**11)
 
 
 def problem(
-    model: str = "llama3.2-1b", fleet: str = "h100:16", sequences: int = 64, goal: Goal = GOAL, **changes: object
+    model: str = "llama3.2-1b",
+    fleet: str = "h100:16",
+    sequences: int = 64,
+    goal: Goal = GOAL,
+    **changes: object,
 ) -> Problem:
     pools = list(parse_fleet(fleet).pools)
     return _problem(model, pools, sequences, goal, **changes)
@@ -184,7 +188,7 @@ def test_timelines_hardly_undercut_the_closed_form_that_ranks() -> None:
     found = search.best(slack=1.1)
     picked = choose(search.problem, search, found)
     assert picked is not None
-    row, objective, step_s, parts = picked
+    _, objective, step_s, parts = picked
     assert step_s == pytest.approx(float(parts.total_s[0]))
     assert objective * 1.03 >= found.objective.min()
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from colossus import zoo
 from colossus.hardware import catalog
-from colossus.planner import network
-from colossus.planner.columns import soft_max
-from colossus.planner.compute import linear_s, matmul_s
-from colossus.planner.constants import Constants, kernels_of, shipped
-from colossus.planner.execution import Execution, Hardware
-from colossus.planner.layers import LAYER_COLUMNS, layer_times, unique_layers
-from colossus.planner.shape import ModelShape
-from colossus.planner.step import StepParts, stage_layers, stage_weights, step_parts, step_parts_of
+from colossus.planner.estimate import network
+from colossus.planner.estimate.columns import soft_max
+from colossus.planner.estimate.compute import linear_s, matmul_s
+from colossus.planner.estimate.constants import Constants, kernels_of, shipped
+from colossus.planner.estimate.execution import Execution, Hardware
+from colossus.planner.estimate.layers import LAYER_COLUMNS, layer_times, unique_layers
+from colossus.planner.estimate.shape import ModelShape
+from colossus.planner.estimate.step import StepParts, stage_layers, stage_weights, step_parts, step_parts_of
 from colossus.spec.fleet import Precision
 
 MODELS = ("llama3-8b", "llama3.1-405b", "grok1-314b", "deepseek-v3-671b", "gpt3-175b")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossus.errors import ConfigError
-from colossus.planner.published import run_of
-from colossus.planner.validate import (
+from colossus.planner.evidence.published import run_of
+from colossus.planner.evidence.validate import (
     Comparison,
     compare,
     details,

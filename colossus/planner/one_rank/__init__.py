@@ -1,0 +1,1 @@
+"""The plan of one process on the machine at hand, which `colossus train` runs."""
