@@ -230,7 +230,7 @@ def run_of(row: Mapping[str, str]) -> Run:
             nic_bandwidth=None if math.isnan(speed) else speed * 1e9 / 8,
         ),
         step_s=_step_s(row, num_chips, sequences),
-        memory_bytes=_number(row, "metric_memory_gib") * 2**30,
+        memory_bytes=_memory_bytes(row),
         out_of_memory=row.get("tier") == "OOM",
     )
 
@@ -417,6 +417,12 @@ def _step_s(row: Mapping[str, str], num_chips: int, sequences: int) -> float:
     if rate > 0:
         return sequences * _number(row, "seq_len") / (rate * num_chips)
     return UNSTATED
+
+
+def _memory_bytes(row: Mapping[str, str]) -> float:
+    """What nvidia-smi prints as MiB is often told as GB of a thousand of them (the BLOOM chronicles)."""
+    gib = _number(row, "metric_memory_gib")
+    return gib * (1000 * 2**20 if "GB/GiB" in row.get("notes", "") else 2**30)
 
 
 @dataclass(frozen=True, slots=True)

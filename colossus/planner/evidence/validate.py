@@ -18,7 +18,8 @@ import numpy.typing as npt
 from colossus.errors import ConfigError, did_you_mean
 from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.constants import shipped
-from colossus.planner.estimate.memory import fits, memory_parts
+from colossus.planner.estimate.execution import RECOMPUTE, Execution
+from colossus.planner.estimate.memory import Held, MemoryParts, fits, memory_parts
 from colossus.planner.estimate.step import StepParts, step_parts
 from colossus.planner.evidence import intervals
 from colossus.planner.evidence.calibrate import offloads, source_of
@@ -222,9 +223,10 @@ def compare(
         )
         known, seen = intervals.shipped() if spread is None else spread
         low_s, high_s = intervals.interval(parts, intervals.Distance.of_runs(seen, runs), known)
-        memory_bytes = memory_parts(table.shape, table.execution).total_bytes
+        held = Held.of_stacks(table.execution, [f"{run.stack.name}/{run.precision}" for run in runs])
+        memory_bytes = as_measured(memory_parts(table.shape, table.execution, held), runs)
         capacity = np.array([run.node.chip.memory_bytes for run in runs], dtype=float)
-        fitting = fits(table.shape, table.execution, capacity)
+        fitting = fits(table.shape, _most_recomputed(table.execution, runs), capacity, held)
     total_s = parts.total_s
     for i, place in enumerate(places):
         if not (math.isfinite(total_s[i]) and total_s[i] > 0 and math.isfinite(memory_bytes[i])):
@@ -240,6 +242,24 @@ def compare(
         fitting,
         dict(sorted(skipped.items())),
     )
+
+
+def as_measured(parts: MemoryParts, runs: Sequence[Run]) -> Array:
+    """Bytes as each row's notes say that they were counted: tensors (max_memory_allocated), all that the process holds
+    (nvidia-smi), else what the allocator reserved, which is what most trainers log."""
+    notes = [run.row.get("notes", "").lower() for run in runs]
+    allocated = np.array(["max allocated" in note or "max_memory_allocated" in note for note in notes])
+    whole = np.array(["nvidia-smi" in note for note in notes])
+    return np.where(
+        allocated, parts.allocated_bytes, np.where(whole, parts.total_bytes, parts.reserved_bytes)
+    )
+
+
+def _most_recomputed(execution: Execution, runs: Sequence[Run]) -> Execution:
+    """A row that does not say what is computed again can have run with anything: it fits if full recompute fits."""
+    unstated = np.array([not run.row.get("recompute") and not run.out_of_memory for run in runs])
+    full = float(RECOMPUTE.index("full"))
+    return replace(execution, recompute=np.where(unstated, full, execution.recompute))
 
 
 def reason_of(error: Exception) -> str:

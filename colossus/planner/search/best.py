@@ -544,7 +544,7 @@ def choose(
     """The best row with its objective, step seconds and parts, pipelines played as timelines.
 
     With uneven stages the closed form may exceed the timeline by up to 3 %, so that rows beyond that need not be
-    played. Of rows within half a percent, the smallest replica group wins (a failure takes the
+    played. Of rows within 0.2 %, the smallest replica group wins (a failure takes the
     least away), then the most memory left.
     """
     order = np.argsort(evaluated.objective, kind="stable")
@@ -564,7 +564,7 @@ def choose(
     return min(close, key=lambda entry: (ranks[entry[0]], -evaluated.headroom_bytes[entry[0]]))
 
 
-TIE = 1.005
+TIE = 1.002
 CLOSED_FORM_EXCESS = 1.03
 
 
