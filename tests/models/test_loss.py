@@ -48,7 +48,9 @@ def assert_as_expected(
     assert ours_loss.item() == pytest.approx(loss.item(), rel=rtol, abs=1e-6)
     for actual, wanted in ((ours_hidden, grad_hidden), (ours_head, grad_head)):
         scale = wanted.abs().max().item()
-        torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=rtol * scale + 1e-30)
+        # A saturated soft-cap has gradients of 1 − tanh², which float32 knows to 1e-7 of 1.
+        atol = rtol * scale + (1e-7 if settings["soft_cap"] is not None else 1e-30)
+        torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=atol)
 
 
 @settings(max_examples=80, deadline=None)
