@@ -9,7 +9,7 @@ affine in it, so the largest that the batch allows is taken.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -538,9 +538,18 @@ MOST_REFINED = 400
 """Timelines played for one choice; ties beyond are decided by the closed form."""
 
 
+class Picked(NamedTuple):
+    """The chosen row of what was evaluated, its pipeline played as a timeline."""
+
+    row: int
+    objective: float
+    step_s: float
+    parts: StepParts
+
+
 def choose(
     problem: Problem, search: Search, evaluated: Evaluated, *, most: int = MOST_REFINED
-) -> tuple[int, float, float, StepParts] | None:
+) -> Picked | None:
     """The best row with its objective, step seconds and parts, pipelines played as timelines.
 
     With uneven stages the closed form may exceed the timeline by up to 3 %, so that rows beyond that need not be
@@ -548,7 +557,7 @@ def choose(
     least away), then the most memory left.
     """
     order = np.argsort(evaluated.objective, kind="stable")
-    played: list[tuple[int, float, float, StepParts]] = []
+    played: list[Picked] = []
     least = np.inf
     for row in order[:most]:
         if not np.isfinite(evaluated.objective[row]) or evaluated.objective[row] > least * CLOSED_FORM_EXCESS:
@@ -556,12 +565,12 @@ def choose(
         step_s, parts = refined_step_s(problem, search, evaluated, int(row))
         objective = float(evaluated.objective[row]) * step_s / float(evaluated.step_s[row])
         least = min(least, objective)
-        played.append((int(row), objective, step_s, parts))
+        played.append(Picked(int(row), objective, step_s, parts))
     if not played:
         return None
     ranks = search.ranks[evaluated.candidates.layout]
-    close = [entry for entry in played if entry[1] <= least * TIE]
-    return min(close, key=lambda entry: (ranks[entry[0]], -evaluated.headroom_bytes[entry[0]]))
+    close = [entry for entry in played if entry.objective <= least * TIE]
+    return min(close, key=lambda entry: (ranks[entry.row], -evaluated.headroom_bytes[entry.row]))
 
 
 TIE = 1.002
