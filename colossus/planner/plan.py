@@ -18,7 +18,7 @@ from colossus.planner.run import power, scaling_law, spares
 from colossus.planner.run.account import account
 from colossus.planner.schedule.order import SCHEDULES
 from colossus.planner.search.around import alternatives, mixture, pareto_front
-from colossus.planner.search.best import Problem, execution, in_flight_ratio, limit_bytes
+from colossus.planner.search.bounds import Problem, execution, in_flight_ratio, limit_bytes
 from colossus.planner.search.fleet import NothingFits, Solved, Task, names, solve, subsets
 from colossus.planner.search.infeasible import explain_infeasible
 from colossus.planner.search.space import PRECISIONS, Layouts

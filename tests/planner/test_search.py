@@ -12,7 +12,9 @@ from colossus.errors import ConfigError
 from colossus.hardware.catalog import fabric
 from colossus.hardware.fleet_text import parse_fleet
 from colossus.planner.estimate.shape import ModelShape
-from colossus.planner.search.best import Evaluated, Problem, Search, choose
+from colossus.planner.search.best import Evaluated, Search
+from colossus.planner.search.bounds import Problem
+from colossus.planner.search.refine import choose
 from colossus.planner.search.space import SHARDING, layouts, options
 from colossus.spec.fleet import Pool
 from colossus.spec.goal import Goal

@@ -10,8 +10,10 @@ from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
 from colossus.planner.result import FrontPoint, MixtureGain
 from colossus.planner.schedule.order import SCHEDULES
-from colossus.planner.search.best import Bounds, Candidates, Problem, Search, choose
+from colossus.planner.search.best import Candidates, Search
+from colossus.planner.search.bounds import Bounds, Problem
 from colossus.planner.search.fleet import Solved, Task, chips, names
+from colossus.planner.search.refine import choose
 from colossus.planner.search.space import PRECISIONS
 from colossus.spec.fleet import Pool
 from colossus.spec.plan import Alternative

@@ -11,7 +11,9 @@ from colossus.errors import ConfigError
 from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.shape import ModelShape
 from colossus.planner.run import power, price, reliability, spares
-from colossus.planner.search.best import FRONT_SLACK, Evaluated, Picked, Problem, Search, choose
+from colossus.planner.search.best import FRONT_SLACK, Evaluated, Search
+from colossus.planner.search.bounds import Problem
+from colossus.planner.search.refine import Picked, choose
 from colossus.planner.search.space import layouts, options
 from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal

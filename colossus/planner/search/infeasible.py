@@ -6,7 +6,8 @@ import numpy as np
 
 from colossus.errors import ConfigError
 from colossus.planner.estimate.memory import memory_parts
-from colossus.planner.search.best import Problem, Search, execution, limit_bytes
+from colossus.planner.search.best import Search
+from colossus.planner.search.bounds import Problem, execution, limit_bytes
 from colossus.spec.fleet import Pool
 from colossus.spec.goal import Goal
 from colossus.spec.model import ModelSpec
