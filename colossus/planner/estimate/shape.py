@@ -38,6 +38,7 @@ class ModelShape(Columns):
     """Layers whose MLP is dense; the others have experts."""
     experts: Array
     top_k: Array
+    """Experts of a token, times what the busiest rank's experts get over the mean."""
     expert: Array
     """Intermediate size of one expert."""
     shared: Array
@@ -86,8 +87,8 @@ class ModelShape(Columns):
         return self.vocab * self.hidden
 
     @classmethod
-    def of(cls, model: ModelSpec) -> "ModelShape":
-        """The shape of one model."""
+    def of(cls, model: ModelSpec, *, expert_load: float = 1.0) -> "ModelShape":
+        """The shape of one model; `expert_load` is the tokens of the rank with the busiest experts over the mean."""
         attention, mlp = model.attention, model.mlp
         latent = attention if isinstance(attention, LatentAttentionSpec) else None
         moe = mlp if isinstance(mlp, MoeSpec) else None
@@ -110,7 +111,7 @@ class ModelShape(Columns):
             "mlp_matrices": 3 if mlp.gated else 2,
             "dense_layers": (first.num_layers if first else 0) if moe else model.num_layers,
             "experts": moe.num_experts if moe else 0,
-            "top_k": moe.top_k if moe else 0,
+            "top_k": moe.top_k * expert_load if moe else 0,
             "expert": moe.intermediate_size if moe else 0,
             "shared": moe.shared.intermediate_size if moe and moe.shared else 0,
             "norms": 4 if model.norm_placement == "sandwich" else 2,
