@@ -8,19 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from colossus.generate import Sampling, load_run
+    from colossus.hardware.fleet_text import parse_fleet
     from colossus.observe.run_directory import RunDirectory
     from colossus.observe.summary import Summary
+    from colossus.planner.plan import make_plan
     from colossus.spec.config import from_toml, run_config, to_toml
     from colossus.spec.duration import Duration
+    from colossus.spec.fleet import Fleet
+    from colossus.spec.goal import Goal
     from colossus.spec.model import ModelSpec
     from colossus.spec.plan import Plan
     from colossus.spec.rank import RankPlan
     from colossus.spec.run import RunConfig
     from colossus.trainer.run import resume
     from colossus.trainer.run import start as train
+    from colossus.zoo import find as find_model
 
 _HOMES = {
     "Duration": ("colossus.spec.duration", "Duration"),
+    "Fleet": ("colossus.spec.fleet", "Fleet"),
+    "Goal": ("colossus.spec.goal", "Goal"),
     "ModelSpec": ("colossus.spec.model", "ModelSpec"),
     "Plan": ("colossus.spec.plan", "Plan"),
     "RankPlan": ("colossus.spec.rank", "RankPlan"),
@@ -28,8 +35,11 @@ _HOMES = {
     "RunDirectory": ("colossus.observe.run_directory", "RunDirectory"),
     "Sampling": ("colossus.generate", "Sampling"),
     "Summary": ("colossus.observe.summary", "Summary"),
+    "find_model": ("colossus.zoo", "find"),
     "from_toml": ("colossus.spec.config", "from_toml"),
     "load_run": ("colossus.generate", "load_run"),
+    "make_plan": ("colossus.planner.plan", "make_plan"),
+    "parse_fleet": ("colossus.hardware.fleet_text", "parse_fleet"),
     "resume": ("colossus.trainer.run", "resume"),
     "run_config": ("colossus.spec.config", "run_config"),
     "to_toml": ("colossus.spec.config", "to_toml"),
@@ -38,6 +48,8 @@ _HOMES = {
 
 __all__ = [
     "Duration",
+    "Fleet",
+    "Goal",
     "ModelSpec",
     "Plan",
     "RankPlan",
@@ -45,8 +57,11 @@ __all__ = [
     "RunDirectory",
     "Sampling",
     "Summary",
+    "find_model",
     "from_toml",
     "load_run",
+    "make_plan",
+    "parse_fleet",
     "resume",
     "run_config",
     "to_toml",
