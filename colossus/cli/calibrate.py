@@ -49,6 +49,7 @@ def calibrate(
     import hashlib
     from datetime import date
 
+    from colossus.cli.plan_files import refuse_special
     from colossus.cli.screen import screen
     from colossus.errors import ConfigError
     from colossus.planner.evidence import calibrate as fitting
@@ -57,6 +58,8 @@ def calibrate(
     from colossus.planner.evidence.validate import express, none_expressed
 
     for path in (out, intervals):
+        if path is not None:
+            refuse_special("the output", path)
         if path is not None and path.exists() and not replace:
             raise ConfigError(f"{path} exists; choose another name, or say --replace to write over it")
         if path is not None and path.resolve() in {table.resolve() for table in tables}:

@@ -1,6 +1,7 @@
 """Writing a plan and its picture without ever losing a file that is there."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -9,19 +10,37 @@ from colossus.errors import ConfigError
 
 def refuse_existing(out: Path | None, plot: Path | None, force: bool) -> None:
     """Before the search, not after it."""
-    if out is not None and out == plot:
+    if out is not None and plot is not None and os.path.realpath(out) == os.path.realpath(plot):
         raise ConfigError(f"--out and --plot both name {out}; a file holds one of them")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {plot} is drawn as a PNG; give it a name that ends in .png")
     for option, path in (("--out", out), ("--plot", plot)):
         if path is None:
             continue
+        refuse_special(option, path)
         if path.is_dir():
             raise ConfigError(f"{option} {path} is a directory; name a file in it")
         if not path.parent.is_dir():
             raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
-        if path.exists() and not force:
+        if os.path.lexists(path) and not force:
             raise ConfigError(
                 f"{option} {path} exists and is kept; name another file, or write over it with --force"
             )
+
+
+def refuse_special(option: str, path: Path) -> None:
+    """Raises ConfigError for devices, pipes and sockets, which a file takes the place of when it is renamed onto them,
+    and for names that no file can have."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError as error:  # a zero byte
+        raise ConfigError(f"{option} cannot be written: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written: {error.strerror or error}") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ConfigError(f"{option} {path} is a device or a pipe, not a file; name a file")
 
 
 def write(path: Path, content: bytes, force: bool) -> None:

@@ -124,10 +124,10 @@ def fixed(texts: tuple[str, ...]) -> dict[str, int | str]:
 
 def _number(option: str, text: str, example: str) -> float:
     try:
-        number = parse_number(text)
+        number = -1.0 if text.strip().startswith("-") else parse_number(text)
     except ValueError:
         raise ConfigError(
-            f"{option}: {text!r} is not a number; write for example {option} {example}"
+            f"{option}: {text!r} is not a number; write for example {option}{'=' if ' ' in option else ' '}{example}"
         ) from None
     except OverflowError:
         number = math.inf

@@ -77,9 +77,12 @@ def validate(
 
 
 def _keep_tables(tables: Sequence[Path], *written: Path | None) -> None:
+    from colossus.cli.plan_files import refuse_special
     from colossus.errors import ConfigError
 
     for path in written:
+        if path is not None:
+            refuse_special("the output", path)
         if path is not None and path.resolve() in {table.resolve() for table in tables}:
             raise ConfigError(f"{path} is one of the tables that are read; write to another file")
 

@@ -180,7 +180,8 @@ def _node_in(path: Path, name: str) -> Node:
 def _read(path: Path) -> FleetTable:
     try:
         if not path.is_file():
-            raise ConfigError(f"cannot read fleet {path}: there is no such file")
+            what = "it is no file, but a directory or a device" if path.exists() else "there is no such file"
+            raise ConfigError(f"cannot read fleet {path}: {what}")
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise ConfigError(f"cannot read fleet {path}: it is larger than {_MAX_FILE_BYTES:,} bytes")
         plain = tomllib.loads(path.read_text(encoding="utf-8"))

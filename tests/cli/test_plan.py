@@ -1,6 +1,7 @@
 """`colossus plan`, `explain` and `compare` as people use them, with a planner that returns a plan made by hand."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -400,3 +401,45 @@ def test_explaining_imports_no_torch(plan_file: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+# --- what must not be written over ---
+
+
+@pytest.mark.usefixtures("planner")
+@pytest.mark.parametrize("option", ["--out", "--plot"])
+def test_a_pipe_or_a_device_is_never_replaced_even_by_force(run: Run, tmp_path: Path, option: str) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    status, out, err = run("plan", *GOAL, option, str(pipe), "--force")
+    assert (status, out) == (2, "")
+    assert "device or a pipe" in err
+    assert pipe.is_fifo()
+
+
+@pytest.mark.usefixtures("planner")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--out", "a" * 300], "too long"),
+        (["--plot", "plan.txt"], "ends in .png"),
+        (["--tokens", "-5"], "above 0"),
+        (["--goal", "loss=low"], "--goal loss=1.9"),
+    ],
+)
+def test_more_that_cannot_be(run: Run, arguments: list[str], told: str) -> None:
+    status, out, err = run("plan", *GOAL, *arguments)
+    assert (status, out) == (2, "")
+    assert told in err
+
+
+def test_explain_takes_names_as_people_write_them_and_says_why_there_is_no_bubble(
+    run: Run, tmp_path: Path, plan_file: Path
+) -> None:
+    assert run("explain", str(plan_file), "MFU") == run("explain", str(plan_file), "mfu")
+    assert run("explain", str(plan_file), "micro-batch")[0] == 0
+    alone = tmp_path / "alone.json"
+    alone.write_text(laptop_plan().to_json())
+    status, _, err = run("explain", str(alone), "bubble")
+    assert status == 2
+    assert "pp is 1" in err

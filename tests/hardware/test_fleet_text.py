@@ -208,4 +208,4 @@ def test_hostile_files(write, content: str | bytes, parts: list[str]) -> None:
 
 
 def test_a_directory_is_no_fleet(tmp_path: Path) -> None:
-    assert "no such file" in refused(str(tmp_path))
+    assert "it is no file, but a directory" in refused(str(tmp_path))

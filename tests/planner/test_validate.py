@@ -144,6 +144,8 @@ def test_a_reversed_order_costs_what_the_worst_costs() -> None:
         {"framework": "NeMo"},
         {"n_gpus": "32"},
         {"seq_len": "2048"},
+        {"n_heads": "32"},
+        {"source": 'lab, table "another round"'},
     ],
 )
 def test_rows_are_ranked_only_among_their_own(change: dict[str, str]) -> None:
@@ -152,6 +154,22 @@ def test_rows_are_ranked_only_among_their_own(change: dict[str, str]) -> None:
     assert [group.num_layouts for group in ranking(compare(table + other))] == [len(LAYOUTS)] * 2
     recomputed = [{**entry, "recompute": "full"} for entry in table]  # of the layout
     assert [group.num_layouts for group in ranking(compare(table + recomputed))] == [2 * len(LAYOUTS)]
+
+
+def test_a_trial_number_or_a_note_in_brackets_is_no_section() -> None:
+    table = [
+        {**entry, "source": f"lab all_runs.xlsx (tp={entry['tp']}) trial {i}"}
+        for i, entry in enumerate(rows())
+    ]
+    assert [group.num_layouts for group in ranking(compare(table))] == [len(LAYOUTS)]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    file = tmp_path / "from_a_spreadsheet.csv"
+    table = rows()
+    lines = [",".join(table[0]), *(",".join(entry.values()) for entry in table)]
+    file.write_text("\n".join(lines), encoding="utf-8-sig")
+    assert [entry["id"] for entry in read_tables([file])] == [entry["id"] for entry in table]
 
 
 def test_measuring_a_layout_again_does_not_make_it_two() -> None:

@@ -76,6 +76,9 @@ class Constants(Columns):
     """Share of messages between stages that runs beside compute where chunks interleave; else none does."""
     hop_s: Array
     """Host time of one message between stages on different nodes, where the host starts each kernel."""
+    bucket_s: Array
+    """What each of 16 nodes adds to a sum of 10^9 gradients by way of small buckets, each handed on from node to
+    node."""
     expert_passes: Array
     """How often an expert layer reads or writes its routed tokens besides the matmuls: sort, gather, weigh, add."""
     expert_sync_s: Array

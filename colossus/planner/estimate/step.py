@@ -94,8 +94,8 @@ def step_parts_of(
     times = x.micro_batches * paced
 
     held_dense, held_expert = stage_weights(shape, x)
-    summed = _summed_s(x, held_dense, held_expert, hardware, c)
-    data = np.where(x.overlap_data > 0, _exposed(summed, slowest / x.chunks, c), summed)
+    summed, gathered = _summed_s(x, held_dense, held_expert, hardware, c)
+    data = np.where(x.overlap_data > 0, _exposed(summed, slowest / x.chunks, c), summed) + gathered
     parts = StepParts(
         matmul_s=times * layers.matmul_s,
         attention_s=times * layers.attention_s,
@@ -169,32 +169,65 @@ def _pipeline_s(shape: ModelShape, x: Execution, hardware: Hardware, c: Constant
     return np.where(x.pp > 1, 2.0 * hop * (x.micro_batches * x.chunks * exposed + x.pp - 1.0), 0.0)
 
 
-def _summed_s(x: Execution, dense: Array, experts: Array, hardware: Hardware, c: Constants) -> Array:
-    """Seconds of what happens to gradients and weights once a step: summed, gathered again, sharded or whole."""
+def _summed_s(
+    x: Execution, dense: Array, experts: Array, hardware: Hardware, c: Constants
+) -> tuple[Array, Array]:
+    """Seconds of what happens to gradients and weights once a step: (what can run beside the backward pass, what
+    cannot).
+
+    Whole gradients are summed. Those of a sharded optimizer are scattered within the ranks that share one copy,
+    summed over its replicas, and the new weights gathered again: beside the next forward pass where software
+    captures its launches ahead, else while all wait.
+    """
     stride, ranks = x.tp * x.cp, x.data * x.cp
+    owners = _owners(x)
     gathered_bytes = np.where(x.sharding == 1, _weight_bytes(hardware), x.gradient_bytes)
-    # What is sharded was scattered with each micro-batch; replicas still sum their shards.
+    # What is sharded further was scattered with each micro-batch; replicas still sum their shards.
     shards = 2.0 * x.gradient_bytes * dense / x.shard
-    summed_dense = np.where(
-        x.sharding >= 2,
-        network.ring_s(shards, x.data / x.shard, stride * x.shard, hardware, c),
-        network.ring_s(x.gradient_bytes * dense, ranks, x.tp, hardware, c)
-        + network.ring_s(gathered_bytes * dense, ranks, x.tp, hardware, c),
+    replicas_s = network.ring_s(shards, x.data / x.shard, stride * x.shard, hardware, c)
+    scatter_s = network.ring_s(x.gradient_bytes * dense, owners, x.tp, hardware, c) + network.ring_s(
+        2.0 * x.gradient_bytes * dense / owners, ranks / owners, x.tp * owners, hardware, c
     )
+    gather_s = network.ring_s(gathered_bytes * dense, owners, x.tp, hardware, c)
+    waits = (x.sharding == 1) & (x.few_launches == 0)
     expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
     expert_bytes = np.where(x.sharding >= 2, 0.0, (x.gradient_bytes + gathered_bytes) * experts)
-    summed_experts = network.ring_s(expert_bytes, expert_ranks, x.ep * x.expert_tp, hardware, c)
-    summed_experts = np.where(x.sharding >= 2, 0.0, summed_experts)
+    experts_s = network.ring_s(expert_bytes, expert_ranks, x.ep * x.expert_tp, hardware, c)
+    experts_s = np.where((x.sharding >= 2) | (experts <= 0), 0.0, experts_s)
     once = (_weight_bytes(hardware) + x.gradient_bytes) * (dense + experts)
     once_s = np.where(_kept(x), network.ring_s(once, x.shard, stride, hardware, c), 0.0)
-    return summed_dense + summed_experts + once_s
+    dense_s = np.where(x.sharding >= 2, replicas_s, scatter_s + np.where(waits, 0.0, gather_s))
+    return (
+        dense_s + experts_s + once_s,
+        np.where(waits, gather_s + _handed_on_s(x, dense, hardware, c), 0.0),
+    )
+
+
+def _owners(x: Execution) -> Array:
+    """Data-parallel ranks that share one optimizer of a dense weight, where that is all that is sharded; else
+    all that sum its gradient."""
+    return np.where(x.sharding == 1, x.shard, x.data) * x.cp
+
+
+def _handed_on_s(x: Execution, dense: Array, hardware: Hardware, c: Constants) -> Array:
+    """Seconds that a sharded optimizer's gradients and weights are on their way from node to node, beyond what
+    their bytes take.
+
+    Each bucket passes all nodes of a ring one after the other, which grows with weights × nodes, and each of these
+    steps waits for the slowest of the nodes: a square root more, as measured on 8 to 64 nodes (13 to 30 billion
+    weights, arXiv:2311.05610). Software that sums and gathers beside compute sizes its buckets by the number of
+    ranks for this reason. `bucket_s` is of 16 nodes.
+    """
+    owners = _owners(x)
+    nodes = owners / network.members_inside(owners, x.tp, hardware)
+    return np.asarray(c.bucket_s * dense / 1e9 * (nodes - 1.0) * np.sqrt(nodes / 16.0))
 
 
 def _optimizer_s(x: Execution, dense: Array, experts: Array, hardware: Hardware, c: Constants) -> Array:
     """Seconds of the optimizer's passes over its part of the weights."""
     ranks = x.data * x.cp
     expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
-    owners = np.where(x.sharding >= 1, np.where(x.sharding == 1, ranks, x.shard), 1.0)
+    owners = np.where(x.sharding >= 1, np.where(x.sharding == 1, _owners(x), x.shard), 1.0)
     expert_owners = np.where(x.sharding >= 1, np.minimum(expert_ranks, owners), 1.0)
     return memory_s(c.optimizer_bytes * (dense / owners + experts / expert_owners), hardware, c)
 

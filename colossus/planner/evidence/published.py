@@ -145,7 +145,7 @@ REQUIRED = ("id", "model_name", "gpu", "n_gpus", "tp", "pp", "micro_batch", "glo
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
             header = reader.fieldnames or []
@@ -340,7 +340,7 @@ def _model_of_columns(row: Mapping[str, str]) -> ModelSpec:
         )
     return ModelSpec(
         name=re.sub(r"[^a-z0-9.]+", "-", row["model_name"].lower()).strip("-") or "model",
-        vocab_size=_count(row, "vocab", default=50_257),
+        vocab_size=_count(row, "vocab", default=_default_vocab(row)),
         context_tokens=_count(row, "seq_len"),
         num_layers=layers,
         hidden_size=hidden,
@@ -349,6 +349,11 @@ def _model_of_columns(row: Mapping[str, str]) -> ModelSpec:
         norm=NormSpec() if gated else LayerNormSpec(),
         tied_embeddings=not gated,
     )
+
+
+def _default_vocab(row: Mapping[str, str]) -> int:
+    """InternLM's tokenizer has 103,168 tokens (its published configurations); else GPT-2's."""
+    return 103_168 if row["model_name"].lower().startswith("internlm-") else 50_257
 
 
 def _default_chunks(
@@ -404,6 +409,8 @@ def _recompute(row: Mapping[str, str]) -> int:
     text = row.get("recompute", "").lower()
     if "op-level" in text or "every other" in text:
         return 2
+    if "selective" in text and "fms" in row.get("framework", "").lower():
+        return 2  # fms-fsdp's "selective" leaves out whole layers, every other one
     if "full" in text:
         return 3
     return 1 if "selective" in text else 0

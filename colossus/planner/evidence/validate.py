@@ -428,8 +428,15 @@ def same_run(run: Run) -> tuple[Any, ...]:
     return (
         source_of(run), row["model_name"], row["gpu"], run.num_chips, row["global_batch_seqs"], row["seq_len"],
         run.precision, row.get("framework", ""), kernel and kernel[1], run.model.num_layers,
-        float(run.hardware.nic_bandwidth), tuple(map(float, software)),
+        run.model.hidden_size, run.model.attention.num_heads, run.model.vocab_size,
+        float(run.hardware.nic_bandwidth), tuple(map(float, software)), section_of(row),
     )  # fmt: skip
+
+
+def section_of(row: Mapping[str, str]) -> str:
+    """The part of a source that a row stands in: a table, a sheet, a section. Sections were measured at different
+    times, with different versions of the code; what stands in brackets and a trial's number tell single rows."""
+    return re.sub(r"\s*(\([^)]*\)|\b(trial|row|line|run) #?\d+)", "", row.get("source", "")).strip()
 
 
 def ranks(values: Array) -> Array:

@@ -94,6 +94,9 @@ _OTHER_NAMES: Final = {
 }  # fmt: skip
 
 
+_ONLY_PIPELINES: Final = ("bubble", "bubble_s", "pipeline", "pipeline_s")
+
+
 def field_names(plan: Plan) -> tuple[str, ...]:
     """All that can be asked for, parts of step and memory among it."""
     parts = [f"{name}_s" for name in step_parts(plan)]
@@ -104,12 +107,14 @@ def field_names(plan: Plan) -> tuple[str, ...]:
 
 def explain_field(plan: Plan, name: str) -> Field:
     """One field of a plan. Raises ConfigError, with the nearest names, for one that a plan does not have."""
-    short = name.strip().rpartition(".")[2]
+    short = name.strip().rpartition(".")[2].lower().replace("-", "_")
     short = _OTHER_NAMES.get(short, short)
     known = field_names(plan)
     for candidate in (short, f"{short}_s", f"{short}_bytes"):
         if candidate in known:
             return _field(plan, candidate)
+    if short in _ONLY_PIPELINES and plan.layout.pp == 1:
+        raise ConfigError(f"this plan has no {name}: all layers are on one stage, as pp is 1")
     raise ConfigError(f"a plan has no field {name!r}.{did_you_mean(short, {*known, *_OTHER_NAMES})}")
 
 
