@@ -32,6 +32,7 @@ LARGEST_PUBLISHED_BATCH_TOKENS = 15_360 * 4096
 LEAST_STEPS = 2000
 """A run of fewer steps has hardly a learning-rate schedule: the default batch leaves at least so many."""
 USUAL_SEQUENCE_TOKENS = 8192
+MOST_LAYERS = 4096
 EXPERT_LOAD = 1.1
 """Tokens of the rank with the busiest experts over the mean, with routers that are kept balanced (assumed: published
 runs force equal loads)."""
@@ -48,6 +49,10 @@ def make_plan(
     """The best plan for `goal`. Raises ConfigError, with what binds and what would help, where there is none."""
     started = time.process_time()
     fleet.check()
+    if model.num_layers > MOST_LAYERS:
+        raise ConfigError(
+            f"{model.name} has {model.num_layers:,} layers; a plan is looked for up to {MOST_LAYERS:,}"
+        )
     today = today or date.today()
     sequence = sequence_tokens or min(model.context_tokens, USUAL_SEQUENCE_TOKENS)
     if sequence > model.context_tokens:

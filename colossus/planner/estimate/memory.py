@@ -27,6 +27,9 @@ from colossus.planner.estimate.step import stage_layers
 
 Stage = Literal["fullest", "first", "middle", "last"]
 STAGES: Final = ("first", "middle", "last")
+LEAST_STAGES: Final = {"last": 0.0, "first": 1.0, "middle": 2.0, "late": 3.0}
+"""A pipeline has such a stage if it has more than so many. `late` is the last of the middle ones, which has experts
+where the first of them still has dense layers."""
 NONE, SELECTIVE, ALTERNATE, FULL = range(len(RECOMPUTE))
 OPTIMIZER, GRADIENTS, WEIGHTS = (SHARDING.index(name) for name in SHARDING[1:])
 ELEMENT_BYTES: Final = 2.0
@@ -263,19 +266,19 @@ def memory_parts(
     c = memory_constants()
     layer = _layer(shape, x, c)
     counts = stage_layers(shape.layers, x.pp, x.chunks)
-    layers = dict(zip(("middle", "first", "last"), counts, strict=True))
+    layers = dict(zip(("middle", "first", "last"), counts, strict=True)) | {"late": counts[0]}
     if stage != "fullest":
         names: tuple[str, ...] = (stage,)
     else:
-        names = tuple(
-            name for name in STAGES if name == "last" or np.any(x.pp > (1.0 if name == "first" else 2.0))
-        )
+        names = tuple(name for name in STAGES if name == "last" or np.any(x.pp > LEAST_STAGES[name]))
+        if np.any((shape.dense_layers > 0) & (shape.dense_layers < shape.layers) & (x.pp > 3)):
+            names = (*names, "late")
     best: list[Array] | None = None
     best_total: Array | None = None
     for name in names:
         parts = _stage_parts(name, layers, layer, shape, x, held, c)
         total = np.asarray(sum(parts))
-        exists = x.pp > {"last": 0.0, "first": 1.0, "middle": 2.0}[name]
+        exists = x.pp > LEAST_STAGES[name]
         if best is None or best_total is None:
             best, best_total = parts, np.where(exists | (len(names) == 1), total, -1.0)
         else:
@@ -301,6 +304,7 @@ def _stage_parts(
     before = {
         "first": np.zeros(()),
         "middle": layers["first"],
+        "late": layers["first"] + np.maximum(x.pp - 3.0, 0.0) * layers["middle"],
         "last": np.where(x.pp > 1, layers["first"] + np.maximum(x.pp - 2.0, 0.0) * layers["middle"], 0.0),
     }[name]
     dense_layers = np.clip(shape.dense_layers - before, 0.0, count)
@@ -310,6 +314,7 @@ def _stage_parts(
     tables = {
         "first": np.ones(()),
         "middle": np.zeros(()),
+        "late": np.zeros(()),
         "last": np.where(x.pp > 1, 1.0, 2.0 - shape.tied),
     }[name]
     table = shape.embedding_weights / x.tp
@@ -343,7 +348,7 @@ def _stage_parts(
     )
 
     # --- activations of the micro-batches in flight ---
-    place = {"first": np.zeros(()), "middle": np.ones(()), "last": x.pp - 1.0}[name]
+    place = {"first": np.zeros(()), "middle": np.ones(()), "late": x.pp - 2.0, "last": x.pp - 1.0}[name]
     ahead = np.where(x.chunks > 1, 2.0 * (x.pp - place - 1.0) + (x.chunks - 1.0) * x.pp + 1.0, x.pp - place)
     in_flight = np.minimum(ahead / x.chunks, x.micro_batches)
     in_flight = np.where(x.pp > 1, in_flight, 1.0)

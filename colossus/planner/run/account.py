@@ -23,6 +23,8 @@ LEAST_STALL_S = 1.0
 """For all ranks to agree on a checkpoint and to start it (assumed)."""
 NODE_WRITE_BYTES_PER_S = 2e9
 """Of one node to shared storage, in the background (assumed)."""
+LEAST_SHARE = 1e-6
+"""Goodput below which a run is as good as endless."""
 SPREAD_OF_MEMORY = (0.98, 1.08)
 """The published peaks lie within this of the prediction four times in five (benchmarks/planner_accuracy.md)."""
 
@@ -161,5 +163,7 @@ def _inverse(value: Ranged) -> Ranged:
 
 def _over(value: Ranged, share: Ranged) -> Ranged:
     return Ranged(
-        low=value.low / share.high, likely=value.likely / share.likely, high=value.high / max(share.low, 1e-6)
+        low=value.low / max(share.high, LEAST_SHARE),
+        likely=value.likely / max(share.likely, LEAST_SHARE),
+        high=value.high / max(share.low, LEAST_SHARE),
     )

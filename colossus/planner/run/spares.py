@@ -9,8 +9,6 @@ CONFIDENCE = 0.99
 """Chance that the spares are enough at any moment."""
 LEAST_NODES = 32
 """Smaller pools keep no spares: one would be more than 3 % of them."""
-LIKELY_GOODPUT = 0.9
-"""Assumed where only the feasibility of a deadline or a budget is judged, ahead of the account."""
 
 
 def num_spare_nodes(pool: Pool) -> int:

@@ -251,17 +251,26 @@ class Search:
         return counts, np.all((counts >= least) | ~used, axis=1)
 
     def _objective(self, candidates: Candidates, step_s: Array, sequences: Array, groups: Array) -> Array:
-        """Seconds per token (or what the chips cost meanwhile), stretched by what failures take away: each one a
-        group of all groups, for as long as it is absent."""
+        """Seconds per token, or what the nodes cost meanwhile, stretched by what failures take away."""
         problem = self.problem
         ranks = self.ranks[candidates.layout]
-        value = step_s / np.maximum(sequences * problem.sequence, 1e-9)
-        if problem.failures_per_chip_s:
-            rate = ranks * (groups @ np.array(problem.failures_per_chip_s))
-            value = value * (1.0 + rate * problem.absence_s / np.maximum(groups.sum(axis=1), 1.0))
+        value = step_s / np.maximum(sequences * problem.sequence, 1e-9) * self._stretch(ranks, groups)
         if any(problem.chip_rates):
-            value = value * ranks * (groups @ np.array(problem.chip_rates))
+            per_node = np.array([float(pool.node.num_chips) for pool in problem.pools])
+            held = np.ceil(ranks[:, None] * groups / per_node) * per_node
+            value = value * (held @ np.array(problem.chip_rates))
         return np.asarray(value)
+
+    def _stretch(self, ranks: Array, groups: Array) -> Array:
+        """Each failure takes one group of all groups away, for as long as it is absent."""
+        if not self.problem.failures_per_chip_s:
+            return np.ones_like(ranks)
+        rate = ranks * (groups @ np.array(self.problem.failures_per_chip_s))
+        return np.asarray(1.0 + rate * self.problem.absence_s / np.maximum(groups.sum(axis=1), 1.0))
+
+    def stretch(self, evaluated: Evaluated) -> Array:
+        """How much longer failures make a run."""
+        return self._stretch(self.ranks[evaluated.candidates.layout], evaluated.groups)
 
     def evaluate(self, candidates: Candidates) -> Evaluated:
         """The full estimate of some candidates."""

@@ -10,7 +10,7 @@ import numpy as np
 from colossus.errors import ConfigError
 from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.shape import ModelShape
-from colossus.planner.run import power, price, reliability, spares
+from colossus.planner.run import power, price, reliability
 from colossus.planner.search.best import FRONT_SLACK, Evaluated, Search
 from colossus.planner.search.bounds import Problem
 from colossus.planner.search.refine import Picked, choose
@@ -142,7 +142,7 @@ def kept(task: Task, search: Search) -> Evaluated:
         here = layouts_.part[search.candidates.layout] == part
         found.append(search.best(here, slack=1.05))
     evaluated = Evaluated.joined(found)
-    days = evaluated.seconds_per_token * task.tokens / spares.LIKELY_GOODPUT / 86_400
+    days = evaluated.seconds_per_token * search.stretch(evaluated) * task.tokens / 86_400
     working = chips(search.problem, evaluated)
     dollars = (
         days * 24 * (working @ np.array([task.usd_per_chip_hour(pool) for pool in search.problem.pools]))
@@ -166,5 +166,7 @@ def kept(task: Task, search: Search) -> Evaluated:
 
 
 def chips(problem: Problem, found: Evaluated) -> Array:
-    """Chips that work [n, pools]."""
-    return found.groups * problem.layouts.group_ranks[found.candidates.layout][:, None]
+    """Chips that are held [n, pools]: whole nodes."""
+    working = found.groups * problem.layouts.group_ranks[found.candidates.layout][:, None]
+    per_node = np.array([float(pool.node.num_chips) for pool in problem.pools])
+    return np.asarray(np.ceil(working / per_node) * per_node)
