@@ -121,7 +121,7 @@ WIDE = {"float16": "bfloat16", "bfloat16": "bfloat16", "float32": "float32"}
 def _lookup(
     values: Mapping[str, float], name: str, generation: str, precision: str, stack: str, kernel: str
 ) -> float:
-    stack = kernels_of().get(stack, stack)
+    own = kernels_of().get(stack, stack) if name == "stack" else stack
     precision = "bfloat16" if precision == "float16" else precision  # the same tensor cores, the same rates
     if name == "wide_matmul":
         name, precision = "matmul", WIDE.get(precision, "bfloat16")
@@ -129,7 +129,7 @@ def _lookup(
         f"{name}.{generation}.{precision}",
         f"{name}.{generation}.{kernel}",
         f"{name}.{generation}",
-        f"{name}.{stack}",
+        f"{name}.{own}",
         name,
     ):
         if key in values:
