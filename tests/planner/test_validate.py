@@ -362,3 +362,22 @@ def test_whatever_a_row_holds(changes: dict[str, str]) -> None:
     judged = report(found)
     assert judged["n"] + judged["skipped"] + judged["oom"]["num_out_of_memory"] >= judged["rows"] == 2
     assert len(details(found)) == 2
+
+
+@pytest.mark.parametrize(
+    ("published", "known"),
+    [
+        ("Llama-3.1-405B-proxy-7L", "llama3.1-405b"),
+        ("Grok-1-314B-proxy-2L", "grok-1"),
+        ("DeepSeek-V3-671B (dropless)", "deepseek-v3"),
+        ("Qwen3-235B", "qwen3-235b-a22b"),
+        ("Llama-2-70B-LoRA", "llama2-70b"),
+        ("Nemotron-4-340B", "nemotron4-340b"),
+        ("LLaMA-13B", None),
+        ("GPT-181B (BLOOM search)", None),
+    ],
+)
+def test_names_as_papers_write_them(published: str, known: str | None) -> None:
+    from colossus.planner.evidence.published import zoo_name
+
+    assert zoo_name(published) == known

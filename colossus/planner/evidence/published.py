@@ -281,15 +281,15 @@ def _precision(row: Mapping[str, str], node: Node) -> Precision:
 
 def zoo_name(name: str) -> str | None:
     """The zoo's name of a published model's: `Llama-3.1-405B-proxy-7L` → `llama3.1-405b`."""
-    base = re.sub(r"\s*\(.*\)", "", name).lower()
+    base = re.sub(r"\s*\(.*\)", "", name).lower().replace(" ", "-")
     base = re.sub(r"-(proxy-\d+l|sft|lora)$", "", base)
-    base = re.sub(r"^llama-(\d)", r"llama\1", base)
-    base = re.sub(r"^gpt3-", "gpt3-", base)
+    base = re.sub(r"^(llama|olmo|qwen|nemotron)-(\d)", r"\1\2", base)
     known = zoo.names()
     for candidate in (base, re.sub(r"-\d+[bt]$", "", base)):
         if candidate in known:
             return candidate
-    return None
+    longer = [candidate for candidate in known if candidate.startswith(f"{base}-a")]  # qwen3-235b-a22b
+    return longer[0] if len(longer) == 1 else None
 
 
 @cache
