@@ -8,7 +8,8 @@ from datetime import date
 import numpy as np
 
 from colossus.errors import ConfigError
-from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
+from colossus.planner.estimate.execution import EXCHANGES, RECOMPUTE, SHARDING
+from colossus.planner.estimate.layers import fastest_exchange
 from colossus.planner.estimate.memory import memory_parts
 from colossus.planner.estimate.shape import ModelShape
 from colossus.planner.estimate.step import stage_layers
@@ -25,7 +26,7 @@ from colossus.planner.search.space import PRECISIONS, Layouts
 from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
 from colossus.spec.model import ModelSpec
-from colossus.spec.plan import Layout, Plan, PoolShare
+from colossus.spec.plan import ContextExchange, Layout, Plan, PoolShare
 
 LARGEST_PUBLISHED_BATCH_TOKENS = 15_360 * 4096
 """DeepSeek-V3 (arXiv:2412.19437); Llama 3.1 405B used 16M."""
@@ -172,6 +173,7 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         precision=PRECISIONS[int(layout.precision[0])],
         layout=Layout(replica=int(groups.sum()), **axes),
         expert_tp=int(layout.expert_tp[0]),
+        context_exchange=_exchange(problem, layout, int(found.candidates.option[row, 0])),
         sharding=SHARDING[int(layout.sharding[0])],
         schedule=SCHEDULES[int(layout.schedule[0])],
         virtual_stages=int(layout.chunks[0]),
@@ -191,6 +193,16 @@ def _stage_layers(shape: ModelShape, layout: Layouts) -> tuple[int, ...]:
     most, first, last = (int(a[0]) for a in stage_layers(shape.layers, layout.pp, layout.chunks))
     stages = int(layout.pp[0])
     return (last,) if stages == 1 else (first, *[most] * (stages - 2), last)
+
+
+def _exchange(problem: Problem, layout: Layouts, option: int) -> ContextExchange | None:
+    """The fastest for the first pool's groups; others hardly differ."""
+    if layout.cp[0] == 1:
+        return None
+    one, choice = np.ones(1), problem.options
+    x = execution(problem, layout, one * choice.micro_batch[option], one * choice.recompute[option], one, one)
+    hardware, constants = problem.hardware(problem.pools[0], layout.precision)
+    return EXCHANGES[int(fastest_exchange(problem.shape, x, hardware, constants)[0])]
 
 
 def _memory(problem: Problem, layout: Layouts, option: int, micro_batches: float) -> dict[str, int]:

@@ -21,6 +21,9 @@ Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dual
 Recompute = Literal["none", "selective", "alternate", "full"]
 """What the backward pass computes again. `selective`: attention scores; `alternate`: those, elementwise parts and
 every other matmul; `full`: each layer from its input."""
+ContextExchange = Literal["ring", "all-gather", "all-to-all"]
+"""How context-parallel ranks see each other's keys and values: sent round beside attention (arXiv:2310.01889), gathered
+first (arXiv:2407.21783), or sequence parts traded for heads and back (arXiv:2309.14509)."""
 Sharding = Literal["none", "optimizer", "gradients", "weights"]
 """What is split over the shard axis besides the samples: ZeRO stages 0 to 3 (arXiv:1910.02054); 3 is FSDP."""
 
@@ -123,6 +126,8 @@ class Plan(Frozen):
     layout: Layout
     expert_tp: Positive = 1
     """Ranks that one expert is split over."""
+    context_exchange: ContextExchange | None = None
+    """None where no sequence is split (cp 1)."""
     sharding: Sharding
     schedule: Schedule
     virtual_stages: Positive = 1

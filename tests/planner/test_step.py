@@ -15,8 +15,8 @@ from colossus.planner.estimate import network
 from colossus.planner.estimate.columns import soft_max
 from colossus.planner.estimate.compute import linear_s, matmul_s
 from colossus.planner.estimate.constants import Constants, kernels_of, shipped
-from colossus.planner.estimate.execution import Execution, Hardware
-from colossus.planner.estimate.layers import LAYER_COLUMNS, layer_times, unique_layers
+from colossus.planner.estimate.execution import FASTEST_EXCHANGE, Execution, Hardware
+from colossus.planner.estimate.layers import LAYER_COLUMNS, fastest_exchange, layer_times, unique_layers
 from colossus.planner.estimate.shape import ModelShape
 from colossus.planner.estimate.step import StepParts, stage_layers, stage_weights, step_parts, step_parts_of
 from colossus.spec.fleet import Precision
@@ -35,7 +35,7 @@ def execution(**changes: Any) -> Execution:
     """One sequence of 4,096 tokens on one rank, with all that can be fused and overlapped."""
     numbers: dict[str, Any] = {
         field.name: 1.0 for field in fields(Execution)
-    } | {"sequence": 4096, "sharding": 0, "recompute": 0, "gradient_bytes": 4}  # fmt: skip
+    } | {"sequence": 4096, "sharding": 0, "recompute": 0, "gradient_bytes": 4, "exchange": 0}  # fmt: skip
     return Execution(**{name: np.asarray(value, dtype=float) for name, value in (numbers | changes).items()})
 
 
@@ -336,3 +336,23 @@ def test_published_steps_on_h100(
         shape, x, hardware("hgx-h100", precision), constants(precision=precision, stack="nemo")
     )
     assert float(found.total_s) == pytest.approx(measured_s, rel=0.12)
+
+
+def test_context_parallel_ranks_exchange_by_whatever_takes_least() -> None:
+    shape, chip, c = ModelShape.of(zoo.find("llama3.1-405b")), hardware(), constants()
+    x = execution(sequence=131_072.0, tp=8.0, cp=8.0, data=1.0, shard=1.0)
+    seconds = {
+        index: float(layer_times(shape, replace(x, exchange=np.asarray(float(index))), chip, c).context_s)
+        for index in range(4)
+    }
+    assert len({round(seconds[i], 12) for i in range(3)}) == 3
+    assert seconds[int(FASTEST_EXCHANGE)] == min(seconds[0], seconds[1], seconds[2])
+    assert seconds[int(fastest_exchange(shape, x, chip, c))] == seconds[int(FASTEST_EXCHANGE)]
+
+
+def test_all_to_all_needs_a_head_for_every_rank() -> None:
+    x = execution(tp=8.0, cp=32.0, data=1.0, shard=1.0, exchange=2.0)
+    times = layer_times(
+        ModelShape.of(zoo.find("llama3.1-405b")), x, hardware(), constants()
+    )  # 128 heads for 256 ranks
+    assert np.isinf(times.context_s)

@@ -1,6 +1,6 @@
 """How a step is executed and on what: the columns of a candidate beside its model's shape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -13,6 +13,12 @@ RECOMPUTE: Final = ("none", "selective", "alternate", "full")
 those, elementwise parts and every other matmul; `full`: each layer from its input."""
 SHARDING: Final = ("none", "optimizer", "gradients", "weights")
 """What is split over the shard axis besides the samples (ZeRO stages 0 to 3, arXiv:1910.02054)."""
+
+EXCHANGES: Final = ("ring", "all-gather", "all-to-all")
+"""Keys and values go round the ranks beside attention (arXiv:2310.01889); or each rank gathers all of them first
+(arXiv:2407.21783); or ranks trade sequence parts for heads and back (arXiv:2309.14509)."""
+FASTEST_EXCHANGE: Final = 3.0
+"""Whichever of them takes least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,8 @@ class Execution(Columns):
     """1 where a token goes to a node once, however many of its experts are there."""
     gradient_bytes: Array
     """Bytes per gradient element on the network."""
+    exchange: Array = field(default_factory=lambda: np.zeros(()))
+    """How context-parallel ranks see each other's keys and values: index into EXCHANGES, or FASTEST_EXCHANGE."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ in 4 bytes, with its share of the softmax; backward, gradients of queries, keys 
 LAYER_COLUMNS: Final = (
     "sequence", "micro_batch", "tp", "cp", "ep", "expert_tp", "recompute", "sequence_parallel", "flash", "fused",
     "few_launches", "score_traffic", "overlap_tensor", "overlap_experts", "one_copy_per_node", "gradient_bytes",
+    "exchange",
 )  # fmt: skip
 """Columns of Execution that LayerTimes depends on, besides shape, hardware and constants."""
 
@@ -275,16 +276,55 @@ def _context(
     hardware: Hardware,
     c: Constants,
 ) -> Array:
-    """Exposed seconds of keys and values sent around beside attention; backward, their gradients too."""
+    """Exposed seconds of a layer's exchange of keys and values between context-parallel ranks, both passes."""
     if not np.any(x.cp > 1):
         return np.zeros(())
-    once = (x.cp - 1.0) * network.send_s(
-        2.0 * tokens * (shape.key + shape.value) / x.tp, x.cp, x.tp, hardware, c
-    )
+    ways = _exchanges(shape, x, tokens, attention, again, hardware, c)
+    fastest = np.minimum(np.minimum(*ways[:2]), ways[2])
+    return np.where(x.cp > 1, choose(x.exchange, *ways, fastest), 0.0)
+
+
+def _exchanges(
+    shape: ModelShape,
+    x: Execution,
+    tokens: Array,
+    attention: Passes,
+    again: Array,
+    hardware: Hardware,
+    c: Constants,
+) -> tuple[Array, Array, Array]:
+    """By EXCHANGES; the backward pass exchanges gradients too. All-to-all needs a head for every rank."""
+    keys_values = 2.0 * tokens * (shape.key + shape.value) / x.tp
+    once = (x.cp - 1.0) * network.send_s(keys_values, x.cp, x.tp, hardware, c)
     left = 1.0 - c.context_hidden
     forward = np.maximum(once * left, once - attention[0])
     backward = np.maximum(2.0 * once * left, 2.0 * once - attention[1])
-    return np.where(x.cp > 1, forward * (1.0 + again) + backward, 0.0)
+    gather = network.ring_s(keys_values * x.cp, x.cp, x.tp, hardware, c)
+    trade = sum(
+        network.all_to_all_s(
+            2.0 * tokens * width / x.tp, x.cp, x.tp, hardware, c, copies=np.ones(()), one_copy=np.zeros(())
+        )
+        for width in (shape.query + shape.key + shape.value, shape.attended)
+    )
+    enough_heads = shape.heads % (x.tp * x.cp) == 0
+    return (
+        np.asarray(forward * (1.0 + again) + backward),
+        np.asarray(gather * (3.0 + again)),
+        np.where(enough_heads, trade * (2.0 + again), np.inf),
+    )
+
+
+def fastest_exchange(
+    shape: ModelShape, execution: Execution, hardware: Hardware, constants: Constants
+) -> Array:
+    """Index into EXCHANGES of the one that takes least."""
+    x = execution
+    tokens = x.micro_batch * x.sequence / x.cp
+    attention = _attention(shape, x, tokens, hardware, constants)
+    again = choose(x.recompute, 0.0, np.where(x.flash > 0, 0.0, 1.0), 0.0, 1.0)
+    beside = (attention[0] * constants.stack, attention[1] * constants.stack)
+    ways = _exchanges(shape, x, tokens, beside, again, hardware, constants)
+    return np.asarray(np.argmin(np.stack(np.broadcast_arrays(*ways)), axis=0), dtype=np.float64)
 
 
 def _dispatch(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants) -> Array:

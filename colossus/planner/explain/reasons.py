@@ -55,7 +55,8 @@ def _general_reasons(plan: Plan) -> Iterator[tuple[str, str]]:
         (
             f"sequences of {plan.sequence_tokens:,} tokens fit on one rank"
             if layout.cp == 1
-            else f"{plan.sequence_tokens:,} tokens of a sequence are {plan.sequence_tokens // layout.cp:,} on each rank"
+            else f"{plan.sequence_tokens:,} tokens of a sequence are {plan.sequence_tokens // layout.cp:,} on each "
+            f"rank; keys and values by {plan.context_exchange}"
         ),
     )
     mlp = plan.model.mlp

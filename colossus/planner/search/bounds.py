@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.constants import Constants, shipped
-from colossus.planner.estimate.execution import Execution, Hardware
+from colossus.planner.estimate.execution import FASTEST_EXCHANGE, Execution, Hardware
 from colossus.planner.estimate.memory import memory_constants, memory_parts
 from colossus.planner.estimate.shape import ModelShape
 from colossus.planner.estimate.step import head_s, stage_layers, step_parts
@@ -108,6 +108,7 @@ def execution(
         overlap_experts=one,
         one_copy_per_node=one,
         gradient_bytes=4.0 * one,
+        exchange=FASTEST_EXCHANGE * one,
     )
 
 
