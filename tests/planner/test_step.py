@@ -356,3 +356,18 @@ def test_all_to_all_needs_a_head_for_every_rank() -> None:
         ModelShape.of(zoo.find("llama3.1-405b")), x, hardware(), constants()
     )  # 128 heads for 256 ranks
     assert np.isinf(times.context_s)
+
+
+def test_switches_that_add_shorten_sums_and_nothing_else() -> None:
+    chip, c, one = hardware(), constants(), np.ones(())
+    adding = replace(chip, domain_reduces=one)
+    eight = np.asarray(8.0)
+    plain = network.all_reduce_s(np.asarray(2.0**34), eight, one, chip, c)
+    assert float(plain / network.all_reduce_s(np.asarray(2.0**34), eight, one, adding, c)) == pytest.approx(
+        1.3
+    )
+    assert plain == network.ring_s(np.asarray(2.0**35), eight, one, chip, c)
+    beyond = np.asarray(64.0)  # two tiers: the domain's switches cannot
+    assert network.all_reduce_s(np.asarray(2.0**34), beyond, one, adding, c) == network.all_reduce_s(
+        np.asarray(2.0**34), beyond, one, chip, c
+    )

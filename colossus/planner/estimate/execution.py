@@ -88,6 +88,10 @@ class Hardware(Columns):
     scale_up_chips: Array
     scale_up_bandwidth: Array
     nic_bandwidth: Array
+    domain_reduces: Array = field(default_factory=lambda: np.zeros(()))
+    """1 where the switches of the scale-up domain add (NVLink SHARP)."""
+    fabric_reduces: Array = field(default_factory=lambda: np.zeros(()))
+    """1 where the switches between nodes add (SHARP)."""
 
     @classmethod
     def of(

@@ -183,10 +183,10 @@ def _summed_s(
     owners = _owners(x)
     gathered_bytes = np.where(x.sharding == 1, _weight_bytes(hardware), x.gradient_bytes)
     # What is sharded further was scattered with each micro-batch; replicas still sum their shards.
-    shards = 2.0 * x.gradient_bytes * dense / x.shard
-    replicas_s = network.ring_s(shards, x.data / x.shard, stride * x.shard, hardware, c)
-    scatter_s = network.ring_s(x.gradient_bytes * dense, owners, x.tp, hardware, c) + network.ring_s(
-        2.0 * x.gradient_bytes * dense / owners, ranks / owners, x.tp * owners, hardware, c
+    shards = x.gradient_bytes * dense / x.shard
+    replicas_s = network.all_reduce_s(shards, x.data / x.shard, stride * x.shard, hardware, c)
+    scatter_s = network.ring_s(x.gradient_bytes * dense, owners, x.tp, hardware, c) + network.all_reduce_s(
+        x.gradient_bytes * dense / owners, ranks / owners, x.tp * owners, hardware, c
     )
     gather_s = network.ring_s(gathered_bytes * dense, owners, x.tp, hardware, c)
     waits = (x.sharding == 1) & (x.few_launches == 0)

@@ -1,7 +1,7 @@
 """What a search is over, and what needs no search: memory, and lower bounds of time, of every layout and option."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ ATTENTION = "cudnn"
 USUAL_FABRIC_EFFICIENCY = 0.9
 """Of the InfiniBand fabrics that the constants were fitted on; a fabric that loses more to congestion is slower. An
 oversubscribed tier costs rings nothing: a ring enters and leaves each block of nodes once."""
+NVLINK_SHARP = ("hopper", "blackwell")
+"""Generations whose NVLink switches add."""
 AT_ONCE = 8192
 """Candidates evaluated together: their arrays stay in the cache."""
 MARGIN = 0.04
@@ -69,9 +71,16 @@ class Problem:
         rows = np.searchsorted(places, precision.astype(int))
         names = [PRECISIONS[i] for i in places]
         nic = pool.node.nic_bandwidth * min(1.0, self.fabric.efficiency / USUAL_FABRIC_EFFICIENCY)
-        hardware = Hardware.stack([Hardware.of(pool.node, name, nic_bandwidth=nic) for name in names]).take(
-            rows
-        )
+        hardware = Hardware.stack(
+            [
+                replace(
+                    Hardware.of(pool.node, name, nic_bandwidth=nic),
+                    domain_reduces=np.asarray(float(pool.chip.generation in NVLINK_SHARP)),
+                    fabric_reduces=np.asarray(float(self.fabric.in_network_reduction)),
+                )
+                for name in names
+            ]
+        ).take(rows)
         generation = pool.chip.generation
         constants = Constants.gather(
             self.values, [generation] * len(names), names, [SOFTWARE] * len(names), [ATTENTION] * len(names)
