@@ -349,4 +349,6 @@ def _launch(x: Execution, queued_s: Array, c: Constants) -> Array:
     repeats = choose(x.recompute, 0.0, 0.05, 0.2, 1.0 / 3.0)
     fewer = np.where(x.few_launches > 0, c.launch_fused, 1.0)
     host = c.launch_s * fewer * (1.0 + repeats)
-    return np.asarray(soft_max(queued_s, np.broadcast_to(host, np.broadcast(host, queued_s).shape), 8.0) - queued_s)
+    return np.asarray(
+        soft_max(queued_s, np.broadcast_to(host, np.broadcast(host, queued_s).shape), 8.0) - queued_s
+    )

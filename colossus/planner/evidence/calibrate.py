@@ -336,13 +336,6 @@ def by_configuration(runs: Sequence[Run], num_groups: int = 4) -> dict[str, npt.
     return {f"configurations {i + 1} of {num_groups}": np.flatnonzero(place == i) for i in range(num_groups)}
 
 
-def leave_one_out(
-    table: Table, beliefs: Sequence[Prior], *, only: Callable[[Run], bool] = lambda run: True
-) -> dict[str, Vector]:
-    """By source that holds a row of interest: the log errors of its rows under a fit that has not seen it."""
-    return {fold.name: fold.log_errors for fold in leave_out(table, beliefs, by_source(table.runs, only))}
-
-
 def _take(table: Table, rows: npt.NDArray[np.int64]) -> Table:
     return Table(
         [table.runs[int(i)] for i in rows],

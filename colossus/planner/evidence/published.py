@@ -118,26 +118,8 @@ class Run:
         return "flash1" if "flash_attentionv1" in self.row.get("notes", "") else self.stack.attention
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    row: Mapping[str, str]
-    reason: str
-
-
 class Inexpressible(Exception):
     """A row that says too little, or something that no candidate can say."""
-
-
-def read_runs(path: Path) -> tuple[list[Run], list[Skipped]]:
-    """The rows of a CSV table; raises ConfigError where it is no such table."""
-    runs: list[Run] = []
-    skipped: list[Skipped] = []
-    for row in read_rows(path):
-        try:
-            runs.append(run_of(row))
-        except Inexpressible as reason:
-            skipped.append(Skipped(row, str(reason)))
-    return runs, skipped
 
 
 REQUIRED = ("id", "model_name", "gpu", "n_gpus", "tp", "pp", "micro_batch", "global_batch_seqs", "seq_len")
