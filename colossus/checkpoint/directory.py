@@ -110,7 +110,7 @@ def clean(directory: Path | str) -> list[Path]:
     try:
         for path in Path(directory).iterdir():
             match = _TEMPORARY.fullmatch(path.name)
-            if match and match[1] == _host() and _started(int(match[2])) != match[3]:
+            if match and owner_is_dead(match[1], match[2], match[3]):
                 shutil.rmtree(path, ignore_errors=True)
                 if not path.exists():
                     removed.append(path)
@@ -137,10 +137,19 @@ def sync_directory(path: Path) -> None:
 
 
 def _temporary(directory: Path, kind: Literal["writing", "deleting"], step: int) -> Path:
-    """The name says whose it is: host, process, and its start, as process ids come round again."""
+    return directory / f".{kind}-{checkpoint_name(step)}.{owner()}.{secrets.token_hex(4)}"
+
+
+def owner() -> str:
+    """This process, for the name of what it is writing: host, process, and its start, as process ids come round
+    again."""
     pid = os.getpid()
-    owner = f"{_host()}.{pid}.{_started(pid)}"
-    return directory / f".{kind}-{checkpoint_name(step)}.{owner}.{secrets.token_hex(4)}"
+    return f"{_host()}.{pid}.{_started(pid)}"
+
+
+def owner_is_dead(host: str, pid: str, started: str) -> bool:
+    """Whether a process of this machine that named something so is gone."""
+    return host == _host() and _started(int(pid)) != started
 
 
 def _host() -> str:

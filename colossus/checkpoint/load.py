@@ -1,7 +1,8 @@
 """A checkpoint back into tensors, every byte checked; and the newest one that is good."""
 
+import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from colossus.checkpoint.manifest import (
     read_manifest,
     size_problems,
 )
-from colossus.checkpoint.payload import CHUNK_BYTES, hash_range, map_bytes, view_bytes
+from colossus.checkpoint.payload import CHUNK_BYTES, hash_range, map_file, view_bytes
 from colossus.errors import CheckpointError
 from colossus.spec.model import ModelSpec
 
@@ -43,6 +44,16 @@ class Loaded:
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any]
     model: ModelSpec | None
+    mappings: tuple[mmap.mmap, ...] = field(default=(), repr=False, compare=False)
+
+    def forget_pages(self) -> None:
+        """Give back the memory of what was read so far; it comes from the file again when it is next touched.
+
+        What was written to the tensors is undone. Without it, going through a checkpoint ends with all of it
+        counted as this process's memory.
+        """
+        for mapping in self.mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +75,13 @@ def load(path: Path | str, *, expect: Expect = None, prefix: str = "") -> Loaded
         manifest = _checked_manifest(path, expect)
         selected = _select(manifest, prefix)
         data: dict[str, torch.Tensor] = {}
+        mappings: list[mmap.mmap] = []
         for payload in _checked_payloads(path, manifest, selected, whole=not prefix):
             if payload.problems:
                 raise CheckpointError(payload.problems[0])
-            data[payload.name] = payload.data
+            if payload.mapping is not None:
+                mappings.append(payload.mapping)
+                data[payload.name] = torch.frombuffer(payload.mapping, dtype=torch.uint8)
         tensors = {name: _assemble(entry, data) for name, entry in selected.items()}
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}. {_advice(path)}") from error
@@ -75,7 +89,7 @@ def load(path: Path | str, *, expect: Expect = None, prefix: str = "") -> Loaded
         raise type(error)(f"checkpoint {path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}. {_advice(path)}") from error
-    return Loaded(path, manifest.step, tensors, manifest.facts, stored_model(manifest))
+    return Loaded(path, manifest.step, tensors, manifest.facts, stored_model(manifest), tuple(mappings))
 
 
 def load_newest(
@@ -170,7 +184,7 @@ class _CheckedPayload:
     """A payload file, mapped if nothing is wrong with what was checked of it."""
 
     name: str
-    data: torch.Tensor
+    mapping: mmap.mmap | None
     problems: list[str]
 
 
@@ -182,10 +196,9 @@ def _checked_payloads(
     for name, entry in selected.items():
         for piece in entry.pieces:
             pieces.setdefault(piece.payload, []).append((name, piece))
-    nothing = torch.empty(0, dtype=torch.uint8)
     sizes = size_problems(path, manifest, pieces)  # first, as it costs nothing
     for name, problem in sizes.items():
-        yield _CheckedPayload(name, nothing, [problem])
+        yield _CheckedPayload(name, None, [problem])
     largest = max((manifest.payloads[name].num_bytes for name in pieces), default=0)
     buffer = memoryview(bytearray(min(CHUNK_BYTES, largest)))
     for name in pieces.keys() - sizes.keys():
@@ -193,9 +206,9 @@ def _checked_payloads(
             # Hashed and mapped through one descriptor: the name may come to mean another file at any time.
             with (path / name).open("rb", buffering=0) as file:
                 problems = list(_problems(file, name, manifest.payloads[name], pieces[name], buffer, whole))
-                yield _CheckedPayload(name, nothing if problems else map_bytes(file), problems)
+                yield _CheckedPayload(name, None if problems else map_file(file), problems)
         except OSError as error:
-            yield _CheckedPayload(name, nothing, [f"{name} cannot be read: {error.strerror}"])
+            yield _CheckedPayload(name, None, [f"{name} cannot be read: {error.strerror}"])
 
 
 def _problems(

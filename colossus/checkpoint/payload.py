@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import RawIOBase
@@ -42,6 +42,18 @@ _BLOCK_BYTES = 4096  # what O_DIRECT wants offsets and addresses to be multiples
 
 
 @dataclass(frozen=True, slots=True)
+class TensorType:
+    """What a file's layout must know of a tensor, before there is one."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """Where one piece lies in a payload: `num_bytes` from byte `start` of the file."""
 
@@ -66,79 +78,94 @@ class PayloadLayout:
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
     """Raises CheckpointError for a tensor that a checkpoint cannot hold."""
-    if name == "__metadata__":
-        raise CheckpointError(
-            "a tensor cannot be named '__metadata__': safetensors keeps that name for itself"
-        )
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{name} has dtype {tensor.dtype}, which checkpoints do not hold; save it as another"
-        )
+    check_type(name, TensorType(tensor.dtype, tuple(tensor.shape)))
     if tensor.layout is not torch.strided or tensor.is_meta or hasattr(tensor, "full_tensor"):
         raise CheckpointError(
             f"{name} is not a plain tensor with data (sparse, meta or sharded); save a dense copy"
         )
 
 
-def lay_out(tensors: Mapping[str, torch.Tensor], rank: int = 0) -> dict[str, PayloadLayout]:
+def check_type(name: str, kind: TensorType) -> None:
+    """Raises CheckpointError for a name or a dtype that a checkpoint cannot hold."""
+    if name == "__metadata__":
+        raise CheckpointError(
+            "a tensor cannot be named '__metadata__': safetensors keeps that name for itself"
+        )
+    if kind.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{name} has dtype {kind.dtype}, which checkpoints do not hold; save it as another"
+        )
+
+
+def lay_out(types: Mapping[str, TensorType], rank: int = 0) -> dict[str, PayloadLayout]:
     """File name → layout: one payload per leading name, so that the model can be read, or copied, alone.
 
-    Raises CheckpointError for tensors that a checkpoint cannot hold.
+    Raises CheckpointError for names and dtypes that a checkpoint cannot hold.
     """
     groups: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        check_tensor(name, tensor)
+    for name, kind in types.items():
+        check_type(name, kind)
         head, dot, _ = name.partition(".")
         group = head if dot and re.fullmatch(r"[a-z0-9_]{1,64}", head) else "other"
         groups.setdefault(group, []).append(name)
     return {
-        f"{group}-{rank:05d}.safetensors": _lay_out_one({name: tensors[name] for name in names})
+        f"{group}-{rank:05d}.safetensors": lay_out_file({name: types[name] for name in names})
         for group, names in groups.items()
     }
 
 
-def _lay_out_one(tensors: Mapping[str, torch.Tensor]) -> PayloadLayout:
+def lay_out_file(types: Mapping[str, TensorType]) -> PayloadLayout:
+    """The layout of one safetensors file."""
     # The format allows no gaps, so wide types come first: each starts at a multiple of its item size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    ordered = sorted(types.items(), key=lambda item: -item[1].dtype.itemsize)
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+    for name, kind in ordered:
+        start, end = end, end + kind.num_bytes
         table[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": DTYPES[kind.dtype],
+            "shape": list(kind.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _BLOCK_BYTES)
     header = len(text).to_bytes(8, "little") + text
     slots, start = [], len(header)
-    for name, tensor in ordered:
-        num_bytes = tensor.numel() * tensor.dtype.itemsize
-        slots.append(Slot(name, tensor.dtype, tuple(tensor.shape), start, num_bytes))
-        start += num_bytes
+    for name, kind in ordered:
+        slots.append(Slot(name, kind.dtype, kind.shape, start, kind.num_bytes))
+        start += kind.num_bytes
     return PayloadLayout(header, tuple(slots))
 
 
 def write_payload(
-    path: Path, layout: PayloadLayout, tensors: Mapping[str, torch.Tensor], buffer: mmap.mmap
+    path: Path, layout: PayloadLayout, tensor: Callable[[str], torch.Tensor], buffer: mmap.mmap
 ) -> dict[str, str]:
     """Write and fsync one file; returns the hash of each slot by name. Raises OSError, leaving the file
     partial.
 
-    Tensors come to the host one at a time, so the memory taken is `buffer` and, for tensors on a device or
-    not contiguous, one of them.
+    `tensor` is asked for each slot's once, in the order of the file, and may make it then. Tensors come to the
+    host one at a time, so the memory taken is `buffer` and, for tensors that are made, on a device or not
+    contiguous, one of them.
     """
     hashes = {}
     with _Sink(path, buffer) as sink:
         sink.write(layout.header)
         for slot in layout.slots:
-            digest = xxhash.xxh3_128()
-            for chunk in _chunks(host_bytes(tensors[slot.name])):
-                digest.update(chunk)
-                sink.write(chunk)
-            hashes[slot.name] = digest.hexdigest()
+            hashes[slot.name] = _write_slot(sink, slot, tensor(slot.name))
     return hashes
+
+
+def _write_slot(sink: "_Sink", slot: Slot, tensor: torch.Tensor) -> str:
+    if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
+        raise CheckpointError(
+            f"{slot.name} was announced as {slot.dtype} {list(slot.shape)} and is {tensor.dtype} "
+            f"{list(tensor.shape)}"
+        )
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks(host_bytes(tensor)):
+        digest.update(chunk)
+        sink.write(chunk)
+    return digest.hexdigest()
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
@@ -153,7 +180,7 @@ def hash_range(file: RawIOBase, start: int, num_bytes: int, buffer: memoryview) 
     """The hash of a part of a file; of fewer bytes where the file ends. Raises OSError.
 
     Read, not mapped: a bad sector under a mapping kills the process with SIGBUS, under a read it is an error
-    that lets an older checkpoint be tried. The pages stay in the page cache, where `map_bytes` finds them.
+    that lets an older checkpoint be tried. The pages stay in the page cache, where `map_file` finds them.
     """
     digest = xxhash.xxh3_128()
     file.seek(start)
@@ -167,10 +194,9 @@ def hash_range(file: RawIOBase, start: int, num_bytes: int, buffer: memoryview) 
     return digest.hexdigest()
 
 
-def map_bytes(file: RawIOBase) -> torch.Tensor:
-    """A file as a tensor of bytes, mapped copy-on-write: takes memory as it is written to. Raises OSError."""
-    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapping, dtype=torch.uint8)
+def map_file(file: RawIOBase) -> mmap.mmap:
+    """A file's bytes, mapped copy-on-write: they take memory as they are written to. Raises OSError."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def view_bytes(data: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,7 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ import xxhash
 
 from colossus.checkpoint.directory import begin, publish
 from colossus.checkpoint.manifest import MANIFEST_NAME, Manifest, PayloadEntry, Piece, TensorEntry
-from colossus.checkpoint.payload import CHUNK_BYTES, PayloadLayout, lay_out, write_payload
+from colossus.checkpoint.payload import (
+    CHUNK_BYTES,
+    PayloadLayout,
+    TensorType,
+    check_tensor,
+    lay_out,
+    write_payload,
+)
 from colossus.errors import CheckpointError
 from colossus.spec.model import ModelSpec
 from colossus.units import format_bytes
@@ -48,14 +55,32 @@ def save(
     Raises CheckpointError if it cannot be written (disk full, read-only; nothing is left behind, checkpoints
     that were there stay) or a tensor cannot be held; TypeError or ValueError if `facts` are not JSON-able.
     """
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    types = {name: TensorType(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return save_streamed(directory, step, types, tensors.__getitem__, facts, model=model)
+
+
+def save_streamed(
+    directory: Path | str,
+    step: int,
+    types: Mapping[str, TensorType],
+    tensor: Callable[[str], torch.Tensor],
+    facts: Mapping[str, Any],
+    *,
+    model: ModelSpec | None = None,
+) -> Saved:
+    """`save` for a state that need not fit into memory: `tensor` makes each tensor when its turn to be written
+    comes, and whatever it raises goes through, leaving nothing behind.
+    """
     started = time.perf_counter()
     directory = Path(directory)
-    layouts = lay_out(tensors)
+    layouts = lay_out(types)
     num_bytes = sum(layout.num_bytes for layout in layouts.values())
     try:
         temporary = begin(directory, step)
         try:
-            manifest = _write(temporary, step, tensors, facts, model, layouts)
+            manifest = _write(temporary, step, types, tensor, facts, model, layouts)
             path = publish(temporary, directory, step)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -68,7 +93,8 @@ def save(
 def _write(
     target: Path,
     step: int,
-    tensors: Mapping[str, torch.Tensor],
+    types: Mapping[str, TensorType],
+    tensor: Callable[[str], torch.Tensor],
     facts: Mapping[str, Any],
     model: ModelSpec | None,
     layouts: Mapping[str, PayloadLayout],
@@ -78,7 +104,7 @@ def _write(
     payloads: dict[str, PayloadEntry] = {}
     entries: dict[str, TensorEntry] = {}
     for name, layout in layouts.items():
-        hashes = write_payload(target / name, layout, tensors, buffer)
+        hashes = write_payload(target / name, layout, tensor, buffer)
         header_hash = xxhash.xxh3_128_hexdigest(layout.header)
         payloads[name] = PayloadEntry(layout.num_bytes, len(layout.header), header_hash)
         for slot in layout.slots:
@@ -91,7 +117,7 @@ def _write(
         model_spec=model.model_dump(mode="json") if model else None,
         facts=dict(facts),
         payloads=payloads,
-        tensors={name: entries[name] for name in tensors},
+        tensors={name: entries[name] for name in types},
     )
     return _write_synced(target / MANIFEST_NAME, manifest.encode())
 

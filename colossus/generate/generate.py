@@ -54,9 +54,9 @@ def generate_tokens(
             window = window[-max(1, context // 2) :]
             cache = None
         if cached and cache is not None:
-            new = window[cache.length :]
+            new = window[cache.lengths[0] :]
         else:
-            cache = Cache.empty(model, 1) if cached else None
+            cache = model.new_cache() if cached else None
             new = window
         hidden = model(torch.tensor([new], device=device), cache=cache)
         token = next_token(model.logits(hidden[:, -1:])[0, 0].cpu(), sampling, generator)

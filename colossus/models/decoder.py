@@ -1,96 +1,86 @@
 """The decoder: the file to read first. Single-device code that knows nothing of parallelism.
 
-    tokens ─► embedding + lookups ─► layers × [norm ─► attention ─► +, norm ─► MLP ─► +] ─► norm ─► head
+    tokens ─► embedding + lookups ─► layers × [norm ─► attention ─► norm ─► +, norm ─► MLP ─► norm ─► +] ─► norm ─► head
 
-Which parts it is made of is decided once, when it is built from a `ModelSpec`.
+Which parts it is made of, and which of the norms there are, is decided once, when it is built from a `ModelSpec`.
 """
-
-import hashlib
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colossus.models.attention import Attention, LayerCache, attention_mask
-from colossus.models.lookups import ngram_rows, recall_rows
-from colossus.models.missing import refuse_missing_parts
-from colossus.models.parts import GatedMlp, Linear, Mlp, RmsNorm
-from colossus.spec.model import ModelSpec, NgramSpec, RecallSpec
-
-
-class Embedding(nn.Module):
-    """Rows of a table, looked up."""
-
-    def __init__(self, num_rows: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size))
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return F.embedding(rows, self.weight)
-
-
-class SparseEmbedding(Embedding):
-    """A table of which a step looks up few rows: its gradient is sparse, and holds just those."""
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return F.embedding(rows, self.weight, sparse=self.weight.requires_grad)
-
-
-class NgramEmbedding(SparseEmbedding):
-    """Rows for the pair, the triple … of tokens that ends at each position, found by hash, summed.
-
-    It costs no matmul: a lookup gives the first layer what it would otherwise spend attention on.
-    """
-
-    def __init__(self, spec: NgramSpec, hidden_size: int) -> None:
-        super().__init__(len(spec.orders) * spec.num_rows, hidden_size)
-        self.spec = spec
-
-    def forward(self, tokens: Tensor, documents: Tensor) -> Tensor:
-        """tokens, documents: (batch, tokens). Returns (batch, tokens, hidden_size)."""
-        return super().forward(ngram_rows(tokens, documents, self.spec)).sum(0)
-
-
-class RecallEmbedding(SparseEmbedding):
-    """A row for the token that came next the last time, if there was one."""
-
-    def __init__(self, spec: RecallSpec, vocab_size: int, hidden_size: int) -> None:
-        super().__init__(len(spec.orders) * vocab_size + 1, hidden_size)
-        self.spec, self.vocab_size = spec, vocab_size
-
-    def forward(self, tokens: Tensor, documents: Tensor) -> Tensor:
-        """tokens, documents: (batch, tokens). Returns (batch, tokens, hidden_size)."""
-        return super().forward(recall_rows(tokens, documents, self.spec, self.vocab_size))
+from colossus.models.attend import attention_bias
+from colossus.models.attention import Attention, Sight
+from colossus.models.cache import Cache, LayerCache
+from colossus.models.latent_attention import LatentAttention
+from colossus.models.lookups import NgramEmbedding, RecallEmbedding
+from colossus.models.moe import MixtureOfExperts, RouterLosses
+from colossus.models.parts import Embedding, Linear, build_mlp, build_norm
+from colossus.models.positions import Rope, positions_in_document, score_temperatures
+from colossus.spec.model import AttentionSpec, ModelSpec, MoeSpec
 
 
 class Layer(nn.Module):
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, number: int) -> None:
         super().__init__()
-        self.attention_norm = RmsNorm(spec.hidden_size, spec.norm)
-        self.attention = Attention(spec.hidden_size, spec.attention, spec.norm, spec.context_tokens)
-        self.mlp_norm = RmsNorm(spec.hidden_size, spec.norm)
-        self.mlp = (GatedMlp if spec.mlp.gated else Mlp)(spec.hidden_size, spec.mlp)
+        before, after = spec.norm_placement != "post", spec.norm_placement != "pre"
+        self.attention_norm = _norm(spec, before)
+        self.attention = _attention(spec, number)
+        self.attention_output_norm = _norm(spec, after)
+        self.mlp_norm = _norm(spec, before)
+        self.mlp = _mlp(spec, number)
+        self.mlp_output_norm = _norm(spec, after)
+        self.is_mixture = isinstance(self.mlp, MixtureOfExperts)
 
-    def forward(self, x: Tensor, mask: Tensor, first_position: int, cache: LayerCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask, first_position, cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        sight: Sight,
+        cache: LayerCache | None = None,
+        router_losses: RouterLosses | None = None,
+    ) -> Tensor:
+        x = x + self.attention_output_norm(self.attention(self.attention_norm(x), sight, cache))
+        inner = self.mlp_norm(x)
+        made = self.mlp(inner, router_losses) if self.is_mixture else self.mlp(inner)
+        return x + self.mlp_output_norm(made)
+
+
+def _norm(spec: ModelSpec, there: bool) -> nn.Module:
+    return build_norm(spec.hidden_size, spec.norm) if there else nn.Identity()
+
+
+def _attention(spec: ModelSpec, number: int) -> nn.Module:
+    attention = spec.attention
+    if not isinstance(attention, AttentionSpec):
+        return LatentAttention(spec.hidden_size, attention, spec.norm)
+    windowed = attention.window is not None and attention.window.in_layer(number)
+    return Attention(spec.hidden_size, attention, spec.norm.epsilon, windowed=windowed)
+
+
+def _mlp(spec: ModelSpec, number: int) -> nn.Module:
+    mlp = spec.mlp_of(number)
+    if isinstance(mlp, MoeSpec):
+        return MixtureOfExperts(spec.hidden_size, mlp)
+    return build_mlp(spec.hidden_size, mlp.intermediate_size, mlp.activation, bias=mlp.bias)
 
 
 class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
-        refuse_missing_parts(spec)
         super().__init__()
         self.spec = spec
-        self.embedding = Embedding(spec.vocab_size, spec.hidden_size)
-        self.ngram_embedding = NgramEmbedding(spec.ngrams, spec.hidden_size) if spec.ngrams else None
-        self.recall_embedding = (
-            RecallEmbedding(spec.recall, spec.vocab_size, spec.hidden_size) if spec.recall else None
-        )
-        self.embedding_norm = RmsNorm(spec.hidden_size, spec.norm) if spec.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_layers))
-        self.final_norm = RmsNorm(spec.hidden_size, spec.norm)
-        self.head = None if spec.tied_embeddings else Linear(spec.hidden_size, spec.vocab_size)
+        size, attention = spec.hidden_size, spec.attention
+        self.embedding = Embedding(spec.vocab_size, size)
+        self.position_embedding = Embedding(spec.context_tokens, size) if spec.learned_positions else None
+        self.ngram_embedding = NgramEmbedding(spec.ngrams, size) if spec.ngrams else None
+        self.recall_embedding = RecallEmbedding(spec.recall, spec.vocab_size, size) if spec.recall else None
+        self.embedding_norm = _norm(spec, spec.embedding_norm)
+        self.rope = None
+        if attention.rope is not None:
+            grouped = isinstance(attention, AttentionSpec)
+            self.rope = Rope(attention.rope, attention.head_dim if grouped else attention.rope_head_dim)
+        self.layers = nn.ModuleList(Layer(spec, number) for number in range(spec.num_layers))
+        self.final_norm = build_norm(size, spec.norm)
+        self.head = None if spec.tied_embeddings else Linear(size, spec.vocab_size)
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -103,94 +93,73 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        cache: "Cache | None" = None,
+        cache: Cache | None = None,
+        router_losses: RouterLosses | None = None,
     ) -> Tensor:
-        """The last hidden state of each token, ready for the head: (batch, tokens, hidden_size) in `dtype`.
+        """The last hidden state of each token, ready for the head: (rows, tokens, hidden_size) in `dtype`.
 
-        tokens: int64 (batch, tokens). documents: the index of the document that each token belongs to, for
+        tokens: int64 (rows, tokens). documents: the index of the document that each token belongs to, for
         rows packed from several; None: one document. With a `cache`, `tokens` continue what it has seen.
         """
         if documents is None:
             documents = torch.zeros_like(tokens)
-        first_position, num_new = 0, tokens.shape[1]
+        all_tokens, all_documents = tokens, documents
+        index = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if cache is not None:
-            first_position = cache.length
-            tokens, documents = cache.extend(tokens, documents)
-        x = self.embedding(tokens[:, first_position:])
+            all_tokens, all_documents = cache.extend(tokens, documents)
+            index = cache.place.index
+        positions = self._positions_in_document(all_documents, index)
+        x = self.embedding(tokens)
+        if self.spec.embedding_multiplier != 1:
+            x = x * self.spec.embedding_multiplier
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
         for lookup in (self.ngram_embedding, self.recall_embedding):
             if lookup is not None:
-                x = x + lookup(tokens, documents)[:, first_position:]
-        x = x.to(dtype)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        mask = attention_mask(documents[:, -num_new:], documents, first_position)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, mask, first_position, None if cache is None else cache.layers[i])
+                x = x + lookup(all_tokens, all_documents, index)
+        x = self.embedding_norm(x.to(dtype))
+        sight = self._sight(documents, all_documents, index, positions, dtype)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, sight, None if cache is None else cache.layers[number], router_losses)
         return self.final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 (batch, tokens, vocab_size) of `forward`'s hidden states; training never holds it whole."""
-        return soft_cap(F.linear(hidden, self.head_weight.to(hidden.dtype)).float(), self.spec.logit_soft_cap)
+        """float32 (rows, tokens, vocab_size) of `forward`'s hidden states; training never holds it whole."""
+        logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).float() * self.spec.logit_multiplier
+        cap = self.spec.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    def new_cache(self, num_rows: int = 1) -> Cache:
+        """An empty one, to continue `num_rows` sequences with."""
+        return Cache(self.spec.num_layers, num_rows, self.embedding.weight.device)
 
-def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-@dataclass
-class Cache:
-    """What generation remembers between tokens: every layer's keys and values, and the tokens themselves."""
-
-    layers: list[LayerCache]
-    tokens: Tensor
-    documents: Tensor
-
-    @classmethod
-    def empty(cls, model: Decoder, batch: int, dtype: torch.dtype = torch.float32) -> "Cache":
-        spec, weight = model.spec, model.embedding.weight
-        like = torch.empty(0, dtype=dtype, device=weight.device)
-        layers = [LayerCache(batch, spec.attention, spec.context_tokens, like) for _ in model.layers]
-        nothing = torch.empty(batch, 0, dtype=torch.long, device=weight.device)
-        return cls(layers, nothing, nothing)
+    def _positions_in_document(self, documents: Tensor, index: Tensor) -> Tensor | None:
+        """Of the tokens at `index`; None where nothing asks for them. Rotations do not: only differences count."""
+        if not self.spec.learned_positions and self._temperature_tokens is None:
+            return None
+        return positions_in_document(documents).gather(1, index.expand(documents.shape[0], -1))
 
     @property
-    def length(self) -> int:
-        return self.tokens.shape[1]
+    def _temperature_tokens(self) -> int | None:
+        attention = self.spec.attention
+        return attention.score_temperature_tokens if isinstance(attention, AttentionSpec) else None
 
-    def extend(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds new tokens and returns all so far."""
-        self.tokens = torch.cat([self.tokens, tokens], 1)
-        self.documents = torch.cat([self.documents, documents.to(self.documents.dtype)], 1)
-        return self.tokens, self.documents
-
-
-def build(spec: ModelSpec, *, seed: int, device: str = "cpu") -> Decoder:
-    """A decoder on `device` with its initial weights."""
-    with torch.device("meta"):
-        model = Decoder(spec)
-    model.to_empty(device=device)
-    initialise(model, seed)
-    return model
-
-
-@torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
-    """Initial weights, functions of (seed, parameter name) alone: no layout or order of building matters."""
-    parameters = dict(model.named_parameters())
-    for spec in model.spec.parameters():
-        parameter = parameters[spec.name]
-        if spec.std == 0:
-            parameter.fill_(spec.start)
-            continue
-        digest = hashlib.blake2b(f"{seed}:{spec.name}".encode(), digest_size=8).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
-        values = torch.empty(spec.shape).normal_(0, spec.std, generator=generator)
-        parameter.copy_(values)
-    reset_buffers(model)
-
-
-def reset_buffers(model: nn.Module) -> None:
-    """Fills the tables that are computed and not learned."""
-    for module in model.modules():
-        if module is not model and hasattr(module, "reset_buffers"):
-            module.reset_buffers()
+    def _sight(
+        self,
+        documents: Tensor,
+        all_documents: Tensor,
+        index: Tensor,
+        positions: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Sight:
+        window, temperature_tokens = self.spec.attention.window, self._temperature_tokens
+        return Sight(
+            full=attention_bias(documents, all_documents, index, dtype),
+            windowed=None
+            if window is None
+            else attention_bias(documents, all_documents, index, dtype, window.tokens),
+            rotation=None if self.rope is None else self.rope(index, dtype),
+            temperatures=None
+            if temperature_tokens is None
+            else score_temperatures(positions, temperature_tokens),
+        )

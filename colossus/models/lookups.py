@@ -1,15 +1,56 @@
-"""Which rows of the lookup tables each position takes: functions of the tokens so far, nothing learned.
+"""Embeddings of the last few tokens together, and of what came next the last time.
 
-Both functions look only at tokens of the same document, up to the position itself. They are integer
-arithmetic, so every machine finds the same rows.
+Which rows each position takes is a function of the tokens so far, nothing learned: of those of the same document, up to
+the position itself. It is integer arithmetic, so every machine finds the same rows.
 """
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from colossus.models.parts import Embedding
 from colossus.spec.model import NgramSpec, RecallSpec
+
+
+class SparseEmbedding(Embedding):
+    """A table of which a step looks up few rows: its gradient is sparse, and holds just those."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight, sparse=self.weight.requires_grad)
+
+
+class NgramEmbedding(SparseEmbedding):
+    """Rows for the pair, the triple … of tokens that ends at each position, found by hash, summed.
+
+    It costs no matmul: a lookup gives the first layer what it would otherwise spend attention on.
+    """
+
+    def __init__(self, spec: NgramSpec, hidden_size: int) -> None:
+        super().__init__(len(spec.orders) * spec.num_rows, hidden_size)
+        self.spec = spec
+
+    def forward(self, tokens: Tensor, documents: Tensor, index: Tensor) -> Tensor:
+        """tokens, documents: (rows, tokens). Returns (rows, indices, hidden_size) for the tokens at `index`, int64
+        (rows or 1, indices)."""
+        rows = ngram_rows(tokens, documents, self.spec)
+        return super().forward(rows.gather(2, index.expand(*rows.shape[:2], -1))).sum(0)
+
+
+class RecallEmbedding(SparseEmbedding):
+    """A row for the token that came next the last time, if there was one."""
+
+    def __init__(self, spec: RecallSpec, vocab_size: int, hidden_size: int) -> None:
+        super().__init__(len(spec.orders) * vocab_size + 1, hidden_size)
+        self.spec, self.vocab_size = spec, vocab_size
+
+    def forward(self, tokens: Tensor, documents: Tensor, index: Tensor) -> Tensor:
+        """tokens, documents: (rows, tokens). Returns (rows, indices, hidden_size) for the tokens at `index`, int64
+        (rows or 1, indices)."""
+        rows = recall_rows(tokens, documents, self.spec, self.vocab_size)
+        return super().forward(rows.gather(1, index.expand(rows.shape[0], -1)))
+
 
 # Odd 64-bit constants (as signed), one per distance into the past; any odd numbers that differ would do.
 _MULTIPLIERS = (

@@ -20,6 +20,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         chunk_tokens: int,
+        multiplier: float,
         cap: float | None,
         z_loss: float,
         wants_gradient: bool,
@@ -35,6 +36,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             here = slice(start, start + chunk_tokens)
             chunk, target = hidden[here], targets[here, None]
             logits = chunk @ head.t()
+            if multiplier != 1:
+                logits *= multiplier
             if cap is not None:
                 squashed = torch.tanh(logits / cap)
                 logits = squashed * cap
@@ -51,14 +54,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 objective += z_loss * log_partition.square().sum()
             if not wants_gradient:
                 continue
-            # d objective / d logits = softmax · (1 + 2·z·log_partition) - one_hot(target)
+            # d objective / d logits = softmax - one_hot(target) + 2·z·log_partition · softmax, in this order: the
+            # last part is small beside 1 and would be rounded away.
+            of_z_loss = probabilities * (2 * z_loss * log_partition) if z_loss else None
             gradient = probabilities
-            if z_loss:
-                gradient *= 1 + 2 * z_loss * log_partition
             # One flat index a row: much faster on a CPU than a scatter along the vocabulary.
             gradient.view(-1)[row_starts[: len(target)] + target[:, 0]] -= 1
+            if of_z_loss is not None:
+                gradient += of_z_loss
             if cap is not None:
                 gradient *= 1 - squashed.float().square_()
+            if multiplier != 1:
+                gradient *= multiplier
             gradient = gradient.to(dtype)
             torch.mm(gradient, head, out=grad_hidden[here])
             grad_head += gradient.t() @ chunk
@@ -69,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * scale, grad_head * scale, None, None, None, None, None
+        return grad_hidden * scale, grad_head * scale, None, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -78,10 +85,11 @@ def chunked_cross_entropy(
     targets: Tensor,
     *,
     chunk_tokens: int,
+    multiplier: float = 1.0,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of the cross-entropy of `soft_cap(hidden · head_weightᵀ)`, in nats.
+    """Sum over tokens of the cross-entropy of `soft_cap(multiplier · hidden · head_weightᵀ)`, in nats.
 
     hidden: (tokens, hidden_size) in the dtype that the matmuls run in; head_weight: (vocab_size,
     hidden_size); targets: int64 (tokens,). Returns (objective, loss), float32 scalars: the objective to
@@ -91,6 +99,6 @@ def chunked_cross_entropy(
     # Inside the function torch says that gradients are wanted even where they are switched off.
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
     objective, loss = _ChunkedCrossEntropy.apply(
-        hidden, head_weight, targets, chunk_tokens, soft_cap, z_loss, wants_gradient
+        hidden, head_weight, targets, chunk_tokens, multiplier, soft_cap, z_loss, wants_gradient
     )
     return objective, loss

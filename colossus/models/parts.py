@@ -1,4 +1,4 @@
-"""The small parts of a decoder: norm, rotary positions, linear maps, the feed-forward network.
+"""The small parts of a decoder: norms, linear maps, the feed-forward network.
 
 Weights are float32 and are cast to their input's dtype where they are used, so the same module runs in
 float32 and in bfloat16, and gradients arrive in float32.
@@ -10,18 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colossus.spec.model import MlpSpec, NormSpec, RopeSpec
+from colossus.spec.model import Activation, LayerNormSpec, NormSpec
+
+
+class Embedding(nn.Module):
+    """Rows of a table, looked up."""
+
+    def __init__(self, num_rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight)
 
 
 class Linear(nn.Module):
-    """`x · weightᵀ`, weight (outputs, inputs), no bias."""
+    """`x · weightᵀ + bias`, weight (outputs, inputs)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
 class RmsNorm(nn.Module):
@@ -33,36 +45,31 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size)) if spec.weighted else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], weight, self.epsilon)
+        return F.rms_norm(x, x.shape[-1:], _cast(self.weight, x.dtype), self.epsilon)
 
 
-class Rope(nn.Module):
-    """Rotary positions (arXiv:2104.09864): channels i, i + size/2 turn by position · base^(-2i/size)."""
+class LayerNorm(nn.Module):
+    """Normalisation of the last dim to mean 0 and variance 1 (arXiv:1607.06450)."""
 
-    cosines: Tensor
-    sines: Tensor
-
-    def __init__(self, spec: RopeSpec, head_dim: int, context_tokens: int) -> None:
+    def __init__(self, size: int, spec: LayerNormSpec) -> None:
         super().__init__()
-        self.spec, self.head_dim, self.context_tokens = spec, head_dim, context_tokens
-        self.register_buffer("cosines", torch.empty(context_tokens, head_dim), persistent=False)
-        self.register_buffer("sines", torch.empty(context_tokens, head_dim), persistent=False)
+        self.epsilon = spec.epsilon
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if spec.bias else None
 
-    def reset_buffers(self) -> None:
-        """Fills the tables; to be called once the module is on a real device."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        positions = torch.arange(self.context_tokens, dtype=torch.float64)
-        angles = torch.outer(positions, self.spec.base**-exponents)
-        self.cosines.copy_(torch.cat([angles.cos(), angles.cos()], -1))
-        self.sines.copy_(torch.cat([-angles.sin(), angles.sin()], -1))
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), _cast(self.bias, x.dtype), self.epsilon)
 
-    def forward(self, x: Tensor, first_position: int) -> Tensor:
-        """x: (batch, tokens, heads, head_dim)."""
-        here = slice(first_position, first_position + x.shape[1])
-        cosines, sines = self.cosines[here, None].to(x.dtype), self.sines[here, None].to(x.dtype)
-        first, second = x.chunk(2, -1)
-        return x * cosines + torch.cat([second, first], -1) * sines
+
+def build_norm(size: int, spec: NormSpec | LayerNormSpec) -> nn.Module:
+    return LayerNorm(size, spec) if isinstance(spec, LayerNormSpec) else RmsNorm(size, spec)
+
+
+def _cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else weight.to(dtype)
+
+
+# --- feed-forward ---
 
 
 class _SquaredRelu(torch.autograd.Function):
@@ -88,31 +95,50 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"swiglu": F.silu, "geglu": gelu, "gelu": gelu, "squared_relu": squared_relu}
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gelu(gate) * up
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gpt-oss's: extreme values are cut off, and the linear part is around 1."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+PLAIN = {"gelu": gelu, "squared_relu": squared_relu}
+GATED = {"swiglu": swiglu, "geglu": geglu, "clamped_swiglu": clamped_swiglu}
 
 
 class Mlp(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
+    def __init__(self, hidden_size: int, inner_size: int, activation: Activation, *, bias: bool) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.activation]
-        self.up = Linear(hidden_size, spec.intermediate_size)
-        self.down = Linear(spec.intermediate_size, hidden_size)
+        self.activation = PLAIN[activation]
+        self.up = Linear(hidden_size, inner_size, bias=bias)
+        self.down = Linear(inner_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
 
 
 class GatedMlp(nn.Module):
-    """down(activation(gate(x)) · up(x)) (arXiv:2002.05202)."""
+    """down(activation(gate(x), up(x))) (arXiv:2002.05202)."""
 
-    def __init__(self, hidden_size: int, spec: MlpSpec) -> None:
+    def __init__(self, hidden_size: int, inner_size: int, activation: Activation, *, bias: bool) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.activation]
-        self.gate = Linear(hidden_size, spec.intermediate_size)
-        self.up = Linear(hidden_size, spec.intermediate_size)
-        self.down = Linear(spec.intermediate_size, hidden_size)
+        self.activation = GATED[activation]
+        self.gate = Linear(hidden_size, inner_size, bias=bias)
+        self.up = Linear(hidden_size, inner_size, bias=bias)
+        self.down = Linear(inner_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x), self.up(x)))
+
+
+def build_mlp(hidden_size: int, inner_size: int, activation: Activation, *, bias: bool) -> nn.Module:
+    return (GatedMlp if activation in GATED else Mlp)(hidden_size, inner_size, activation, bias=bias)

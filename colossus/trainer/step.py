@@ -44,6 +44,7 @@ def loss_sums(model: Decoder, batch: Batch, plan: RankPlan, *, z_loss: float = 0
         model.head_weight,
         targets,
         chunk_tokens=plan.loss_chunk_tokens,
+        multiplier=model.spec.logit_multiplier,
         soft_cap=model.spec.logit_soft_cap,
         z_loss=z_loss,
     )

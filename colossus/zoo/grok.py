@@ -8,7 +8,6 @@ from colossus.spec.model import (
     RopeSpec,
     RouterSpec,
     SharedMlpSpec,
-    YarnScaling,
 )
 from colossus.zoo.entry import Entry
 
@@ -40,8 +39,7 @@ def grok_1() -> ModelSpec:
 
 
 def grok_2() -> ModelSpec:
-    """Trained on 8,192 tokens of context, stretched to 131,072."""
-    scaling = YarnScaling(factor=16.0, original_context_tokens=8192, beta_fast=8.0, magnitude=0.0)
+    """Its configuration names a stretching of rotations by 16, and the method `original`, which stretches nothing."""
     return ModelSpec(
         name="grok-2",
         vocab_size=131_072,
@@ -52,7 +50,7 @@ def grok_2() -> ModelSpec:
             num_heads=64,
             num_kv_heads=8,
             head_dim=128,
-            rope=RopeSpec(base=208_533_496.0, scaling=scaling),
+            rope=RopeSpec(base=208_533_496.0),
             score_soft_cap=30.0,
             score_temperature_tokens=1024,
         ),
@@ -77,7 +75,7 @@ ENTRIES = {
     "grok-1": Entry("Grok", "xai-org/grok-1 run.py and model.py", grok_1),
     "grok-2": Entry(
         "Grok",
-        "xai-org/grok-2 config.json as in sgl-project/sglang-jax; that rotations keep their size: recall",
+        "xai-org/grok-2 config.json as in sgl-project/sglang-jax",
         grok_2,
     ),
 }

@@ -14,6 +14,7 @@ from colossus.spec.config import validated
 from colossus.spec.model import ModelSpec
 from colossus.zoo import deepseek, gpt, gpt_oss, grok, llama, mixtral, nemotron, olmo, qwen
 from colossus.zoo.entry import Entry
+from colossus.zoo.hugging_face import model_of, read_config
 from colossus.zoo.ladder import RUNGS, ladder
 
 ENTRIES: Mapping[str, Entry] = {
@@ -73,15 +74,21 @@ def family(name: str) -> str:
 
 def load(name_or_path: str | Path) -> ModelSpec:
     """A model of the zoo, or the one in a .toml or .json file: a ModelSpec's fields at the top, or in a table
-    `model`, as in a run's configuration. Raises ConfigError, one line for each thing that is wrong."""
+    `model`, as in a run's configuration; or the one of a Hugging Face config.json, or of a directory that has one.
+    Raises ConfigError, one line for each thing that is wrong."""
     path = Path(name_or_path)
+    if (path / "config.json").is_file():
+        return _hugging_face(path / "config.json", read_config(path))
     if path.suffix.lower() in (".toml", ".json"):
         return _read(path)
     try:
         return find(str(name_or_path))
     except ConfigError as error:
         if path.exists():
-            raise ConfigError(f"{path} is not a model's file: its name must end in .toml or .json") from None
+            what = (
+                "a directory without config.json" if path.is_dir() else "its name must end in .toml or .json"
+            )
+            raise ConfigError(f"{path} is not a model's file: {what}") from None
         raise ConfigError(f"{error} A file of your own must be a .toml or .json.") from None
 
 
@@ -136,10 +143,19 @@ def _read(path: Path) -> ModelSpec:
         raise ConfigError(f"{path} is not a {path.suffix[1:].upper()} file: {error}") from None
     except RecursionError:
         raise ConfigError(f"cannot read model {path}: nested too deeply") from None
+    if isinstance(plain, dict) and "architectures" in plain:
+        return _hugging_face(path, plain)
     try:
         return validated(ModelSpec, _model_in(plain))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if "\n" not in str(error) else f"{path}:\n{error}") from None
+
+
+def _hugging_face(path: Path, config: Mapping[str, Any]) -> ModelSpec:
+    try:
+        return model_of(config, path.resolve().parent.name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _model_in(plain: Any) -> dict[str, Any]:

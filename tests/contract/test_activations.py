@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colossus.models import Decoder, attention, build
+from colossus.models import Decoder, attend, build
 from colossus.planner.one_rank.memory import EXPLICIT_ATTENTION_MAX_TOKENS, activation_bytes
 from colossus.spec.model import Dtype, ModelSpec
 from colossus.trainer.precision import DTYPES
@@ -39,4 +39,4 @@ def test_activations_to_the_byte(spec: ModelSpec, num_tokens: int, dtype: Dtype)
 
 
 def test_attention_changes_its_way_where_the_planner_says() -> None:
-    assert attention.EXPLICIT_ATTENTION_MAX_TOKENS == EXPLICIT_ATTENTION_MAX_TOKENS
+    assert attend.EXPLICIT_ATTENTION_MAX_TOKENS == EXPLICIT_ATTENTION_MAX_TOKENS

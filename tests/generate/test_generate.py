@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from colossus.data import Tokenizer
 from colossus.generate import Sampling, generate, generate_tokens
-from colossus.models import Cache, Decoder
+from colossus.models import Decoder
 from colossus.spec.model import ModelSpec
 from tests.helpers import VARIETIES, random_tokens, scrambled, tiny
 
@@ -57,10 +57,10 @@ def test_a_cache_filled_in_pieces_gives_the_same_hidden_states(spec: ModelSpec) 
     model, tokens = scrambled(spec).double(), random_tokens(spec, 3, 16)
     with torch.no_grad():
         expected = model(tokens, dtype=torch.float64)
-        cache = Cache.empty(model, 3, torch.float64)
+        cache = model.new_cache(3)
         pieces = [model(part, dtype=torch.float64, cache=cache) for part in tokens.split([1, 6, 1, 8], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-9, atol=1e-9)
-    assert cache.length == 16
+    assert cache.lengths == [16] * 3
 
 
 def test_greedy_is_the_likeliest_token_each_time() -> None:

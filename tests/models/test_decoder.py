@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from colossus.models import Decoder
-from colossus.models import attention as attention_module
+from colossus.models import attend as attention_module
 from colossus.models.lookups import ngram_rows, recall_rows
 from colossus.spec.model import ModelSpec, NgramSpec, RecallSpec
 from tests.helpers import VARIETIES, random_tokens, scrambled, tiny
