@@ -50,7 +50,11 @@ class Decision(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone(Event):
-    """One optimizer step. Losses are nats per token, `tokens` and `seconds` count from the start of the run."""
+    """One optimizer step. Losses are nats per token, `tokens` and `seconds` count from the start of the run.
+
+    `busiest_expert`: the tokens of the busiest expert over the mean of its layer, in the worst layer; None for models
+    without experts.
+    """
 
     step: int
     tokens: int
@@ -63,6 +67,7 @@ class StepDone(Event):
     tokens_per_s: float
     mfu: float
     memory_bytes: int
+    busiest_expert: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,10 +4,13 @@ description."""
 from collections.abc import Callable
 
 from colossus.spec.run import RunConfig
+from recipes.families import small_grok, small_llama
 from recipes.first_light import first_light, spark
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "first-light": first_light,
     "spark": spark,
+    "small-llama": small_llama,
+    "small-grok": small_grok,
 }
 """Every recipe by the name that people type."""

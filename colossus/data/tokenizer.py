@@ -26,6 +26,7 @@ END_NAMES = (
     "[EOS]",
     "<end_of_text>",
     "<EOT>",
+    "<｜end▁of▁sentence｜>",
 )
 """Looked for in a loaded tokenizer, in this order."""
 
@@ -66,6 +67,15 @@ class Backend(Protocol):
 
     def token_bytes(self) -> list[bytes] | None:
         """The bytes that each id stands for, when the library's decoding is their plain concatenation."""
+
+    def controls(self) -> dict[str, int]:
+        """Ids of control tokens by spelling."""
+
+    def encode_without_controls(self, text: str) -> Ids:
+        """Ids of a text, none of them a control token's."""
+
+    def added_before_text(self) -> tuple[int, ...]:
+        """Ids that the file puts before a text."""
 
 
 class Tokenizer:
@@ -175,6 +185,18 @@ class Tokenizer:
         """The text of ids; END comes out as its spelling. Bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode([int(token) for token in ids])
 
+    def controls(self) -> dict[str, int]:
+        """Ids of the tokens that templates write to steer a model, by spelling: `<|im_start|>`."""
+        return self._backend.controls()
+
+    def encode_without_controls(self, text: str) -> Ids:
+        """Ids of a text that someone else wrote, uint32 [tokens]: no control token, whatever the text spells."""
+        return self._backend.encode_without_controls(text)
+
+    def added_before_text(self) -> tuple[int, ...]:
+        """What the tokenizer's file says stands before every text; `encode` leaves it out."""
+        return self._backend.added_before_text()
+
     def stream(self) -> "StreamingDecoder":
         """Decodes ids one at a time, for generation."""
         return StreamingDecoder(self._backend)
@@ -241,6 +263,7 @@ class JsonBackend:
         self._library.no_padding()
         self._library.encode_special_tokens = True
         self._description = description
+        self._plain: Any = None
         self.end_text: str = end_text
         self.end_of_document: int = self._library.get_vocab(with_added_tokens=True)[end_text]
         self.vocab_size: int = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
@@ -254,6 +277,29 @@ class JsonBackend:
         """The text of ids, special tokens included."""
         text: str = self._library.decode(list(ids), skip_special_tokens=False)
         return text
+
+    def controls(self) -> dict[str, int]:
+        """The added tokens, but for those that stand for white space."""
+        added = self._description.get("added_tokens") or ()
+        return {token["content"]: token["id"] for token in added if token["content"].strip()}
+
+    def encode_without_controls(self, text: str) -> Ids:
+        """By a copy of the library's object to which all controls are special, and special ones are not matched."""
+        if self._plain is None:
+            from tokenizers import Tokenizer as Library
+
+            description = json.loads(json.dumps(self._description))
+            for token in description.get("added_tokens") or ():
+                token["special"] = token["special"] or bool(token["content"].strip())
+            self._plain = Library.from_str(json.dumps(description))
+            self._plain.no_truncation()
+            self._plain.no_padding()
+            self._plain.encode_special_tokens = True
+        return np.array(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def added_before_text(self) -> tuple[int, ...]:
+        """What the post-processor adds to nothing."""
+        return tuple(self._library.encode("", add_special_tokens=True).ids)
 
     def token_bytes(self) -> list[bytes] | None:
         """Bytes of each id, for byte-level tokenizers."""
@@ -308,6 +354,21 @@ class SentencePieceBackend:
             else:
                 run.append(token)
         return self.end_text.join(parts)
+
+    def controls(self) -> dict[str, int]:
+        """Control pieces, `<s>` and `</s>` among them."""
+        ids = range(self.vocab_size)
+        kept = [token for token in ids if self._library.is_control(token)]
+        return {str(self._library.id_to_piece(token)): token for token in kept}
+
+    def encode_without_controls(self, text: str) -> Ids:
+        """As always: the library makes no control piece out of text."""
+        return self.encode_batch([text])[0]
+
+    def added_before_text(self) -> tuple[int, ...]:
+        """The piece that begins a text, where there is one."""
+        begin = int(self._library.bos_id())
+        return (begin,) if begin >= 0 else ()
 
     def token_bytes(self) -> list[bytes] | None:
         """None: a leading space depends on what stands before."""

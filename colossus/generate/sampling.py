@@ -1,6 +1,7 @@
 """How the next token is chosen from the model's prediction."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +55,16 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def next_tokens(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """The id chosen for each row of logits (rows, vocab_size), by a sampling and a generator of its own."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if drawn:
+        logits = logits.cpu()
+    for row in drawn:
+        tokens[row] = next_token(logits[row], samplings[row], generators[row])
+    return tokens

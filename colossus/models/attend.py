@@ -45,26 +45,31 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
     scale: float,
     soft_cap: float | None = None,
     temperatures: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """query: (rows, heads, queries, head_dim), key and value: (rows, kv_heads, keys, channels), bias: (rows, 1,
-    queries, keys) of `attention_bias`. Returns (rows, heads, queries, value channels).
+    """query: (rows, heads, queries, head_dim), key and value: (rows, kv_heads, keys, channels). Returns (rows, heads,
+    queries, value channels).
 
+    bias: (rows, 1, queries, keys) of `attention_bias`; None where one query of each row sees all of the row's keys.
     Scores q·k are multiplied by `scale`, capped softly, multiplied by the query's temperature (rows or 1, queries);
     a head's sink, of (heads,), is one more score that adds nothing.
     """
     plain = soft_cap is None and temperatures is None and sinks is None
     long = key.shape[2] > EXPLICIT_ATTENTION_MAX_TOKENS
-    if plain and (long or query.device.type != "cpu"):
+    on_cpu, width = query.device.type == "cpu", value.shape[-1]
+    if plain and (not on_cpu or (long and width <= query.shape[-1])):
+        if on_cpu and width < query.shape[-1] and query.shape[2] > 1:
+            # The fused kernel of a CPU wants values as wide as keys: without it all scores would stand in memory.
+            value = F.pad(value, (0, query.shape[-1] - width))
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped
-        )
+        )[..., :width]
     if not long or query.shape[2] == 1:
         return _explicit(query, key, value, bias, scale, soft_cap, temperatures, sinks)
     # No fused kernel has these parts on every machine. A block of queries at a time, whose scores are made again
@@ -86,6 +91,7 @@ def attend(
                 None if temperatures is None else temperatures[:, here],
                 sinks,
                 use_reentrant=False,
+                preserve_rng_state=False,  # nothing is drawn at random
             )
         )
     return torch.cat(blocks, 2)
@@ -95,7 +101,7 @@ def _explicit(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     scale: float,
     soft_cap: float | None,
     temperatures: Tensor | None,
@@ -109,7 +115,8 @@ def _explicit(
         temperatures = temperatures[:, None, None, :, None].to(query.dtype)
     if sinks is not None:
         sinks = sinks.to(query.dtype).view(1, kv_heads, num_heads // kv_heads, 1, 1)
-    mixed = _ExplicitAttention.apply(query, key, value, bias.unsqueeze(2), soft_cap, temperatures, sinks)
+    bias = None if bias is None else bias.unsqueeze(2)
+    mixed = _ExplicitAttention.apply(query, key, value, bias, soft_cap, temperatures, sinks)
     return mixed.view(rows, num_heads, num_queries, -1)
 
 
@@ -126,44 +133,48 @@ class _ExplicitAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         soft_cap: float | None,
         temperatures: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
         flat = torch.matmul(query, key.transpose(-1, -2))
         rows, kv_heads, _, keys = flat.shape
-        scores = flat.view(rows, kv_heads, -1, bias.shape[3], keys)
+        scores = flat.view(rows, kv_heads, -1, 1 if bias is None else bias.shape[3], keys)
         squashed = None
         if soft_cap is not None:
             squashed = torch.tanh(scores / soft_cap)
             scores = squashed * soft_cap
         if temperatures is not None:
             scores = scores * temperatures
-        if soft_cap is None and temperatures is None:
+        if bias is None:
+            pass
+        elif soft_cap is None and temperatures is None:
             scores += bias  # in place: `scores` is still the product itself
         else:
             scores = scores + bias
+        taken = None
         if sinks is None:
             probabilities = torch.softmax(scores, -1)
         else:
             column = sinks.expand(*scores.shape[:-1], 1)
-            probabilities = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1].contiguous()
-        ctx.soft_cap, ctx.has_sinks = soft_cap, sinks is not None
-        ctx.save_for_backward(query, key, value, probabilities, squashed, temperatures)
+            with_sink = torch.softmax(torch.cat([scores, column], -1), -1)
+            # What a sink has taken is kept too: as the rest of 1 it would be lost in bfloat16.
+            probabilities, taken = with_sink[..., :-1].contiguous(), with_sink[..., -1].contiguous()
+        ctx.save_for_backward(query, key, value, probabilities, squashed, temperatures, taken)
         return torch.matmul(probabilities.view(flat.shape), value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, probabilities, squashed, temperatures = ctx.saved_tensors
+        query, key, value, probabilities, squashed, temperatures, taken = ctx.saved_tensors
         flat = probabilities.view(*query.shape[:3], key.shape[2])
         grad_probabilities = torch.matmul(gradient, value.transpose(-1, -2))
         # p · (g - Σ p·g): also right where a sink has taken a part of the probability, as its own g is 0.
         grad_scores = torch._softmax_backward_data(grad_probabilities, flat, -1, flat.dtype)
         grad_sinks = None
-        if ctx.has_sinks:
+        if taken is not None:
             lost = (flat * grad_probabilities).sum(-1).view(probabilities.shape[:-1])
-            grad_sinks = -((1 - probabilities.sum(-1)) * lost).sum((0, 3))[None, ..., None, None]
+            grad_sinks = -(taken * lost).sum((0, 3))[None, ..., None, None]
         if temperatures is not None:
             grad_scores = (grad_scores.view(probabilities.shape) * temperatures).view(flat.shape)
         if squashed is not None:

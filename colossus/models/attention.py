@@ -16,11 +16,12 @@ from colossus.spec.model import AttentionSpec, NormSpec
 class Sight:
     """What the attention of all layers of one pass shares: who sees whom, and where each token stands.
 
-    Biases are those of `attention_bias`, (rows, 1, tokens, keys): `full` for layers that see all of a document,
-    `windowed` for those with a window. `rotation` and `temperatures` where the model has them.
+    Biases are those of `attention_bias`, (rows, 1, tokens, keys), or None where one token of each row sees all keys:
+    `full` for layers that see all of a document, `windowed` for those with a window. `rotation` and `temperatures`
+    where the model has them.
     """
 
-    full: Tensor
+    full: Tensor | None
     windowed: Tensor | None
     rotation: Rotation | None
     temperatures: Tensor | None

@@ -12,13 +12,16 @@ _FIRST_TOKENS = 64
 class Cache:
     """Tokens so far, and every layer's keys and values, for `num_rows` sequences of lengths of their own.
 
-    `tokens`, `documents`: int64 (num_rows, room). What stands in a row beyond its length is never looked at.
+    `tokens`, `documents`: int64 (capacity, room), of which the first `num_rows` rows are in use. What stands in a row
+    beyond its length is never looked at.
     """
 
     def __init__(self, num_layers: int, num_rows: int, device: torch.device) -> None:
         self.lengths = [0] * num_rows
         self.tokens = torch.zeros(num_rows, _FIRST_TOKENS, dtype=torch.long, device=device)
         self.documents = torch.zeros_like(self.tokens)
+        self.has_documents = False
+        """Whether tokens of more than one document may be in it."""
         self.layers = [LayerCache(self) for _ in range(num_layers)]
         self._place: Place | None = None
 
@@ -32,43 +35,51 @@ class Cache:
         assert self._place is not None
         return self._place
 
-    def extend(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Adds tokens, (num_rows, new), to all rows, and returns all so far, (num_rows, longest), up to which rows
-        that are shorter hold anything."""
+        that are shorter hold anything, and the documents that they belong to; None: the first."""
+        rows = self.num_rows
         self._place = Place(tuple(self.lengths), tokens.shape[1], tokens.device)
         self.lengths = [length + tokens.shape[1] for length in self.lengths]
-        room = self.tokens.shape[1]
-        if self._place.end > room:
-            more = (0, max(room, self._place.end - room))
-            self.tokens = torch.nn.functional.pad(self.tokens, more)
-            self.documents = torch.nn.functional.pad(self.documents, more)
-        self._place.put(tokens, self.tokens)
-        self._place.put(documents, self.documents)
-        return self.tokens[:, : self._place.end], self.documents[:, : self._place.end]
+        self._make_room(rows, self._place.end)
+        self._place.put(tokens, self.tokens[:rows])
+        if documents is not None or self.has_documents:
+            self.has_documents = True
+            new = torch.zeros_like(tokens) if documents is None else documents
+            self._place.put(new, self.documents[:rows])
+        return self.tokens[:rows, : self._place.end], self.documents[:rows, : self._place.end]
 
     def shorten(self, lengths: Sequence[int]) -> None:
         """Forgets what each row has beyond `lengths`: padding that stood after a prompt."""
         self.lengths = list(lengths)
 
-    def copy_row(self, source: "Cache", source_row: int, row: int) -> None:
-        """A row of another cache, or of this one, takes the place of this cache's `row`."""
-        length = source.lengths[source_row]
-        self.lengths[row] = length
-        if length > self.tokens.shape[1]:
-            more = (0, source.tokens.shape[1] - self.tokens.shape[1])
-            self.tokens = torch.nn.functional.pad(self.tokens, more)
-            self.documents = torch.nn.functional.pad(self.documents, more)
-        self.tokens[row, :length] = source.tokens[source_row, :length]
-        self.documents[row, :length] = source.documents[source_row, :length]
+    def append_rows(self, source: "Cache") -> None:
+        """Adds all rows of another cache after this one's."""
+        first, longest = self.num_rows, max(source.lengths)
+        self.lengths += source.lengths
+        rows = slice(first, self.num_rows)
+        self._make_room(self.num_rows, longest)
+        self.has_documents |= source.has_documents
+        self.tokens[rows, :longest] = source.tokens[: source.num_rows, :longest]
+        self.documents[rows, :longest] = source.documents[: source.num_rows, :longest]
         for mine, theirs in zip(self.layers, source.layers, strict=True):
-            mine.copy_row(theirs, source_row, row, length)
+            mine.put_rows(theirs, rows, longest)
 
-    def keep_rows(self, num_rows: int) -> None:
-        """Drops all rows but the first."""
-        self.lengths = self.lengths[:num_rows]
-        self.tokens, self.documents = self.tokens[:num_rows], self.documents[:num_rows]
-        for layer in self.layers:
-            layer.tensors = tuple(tensor[:num_rows] for tensor in layer.tensors)
+    def drop_row(self, row: int) -> None:
+        """The last row takes the place of `row`."""
+        last, length = self.num_rows - 1, self.lengths[-1]
+        if row != last:
+            self.lengths[row] = length
+            for kept in (self.tokens, self.documents):
+                kept[row, :length] = kept[last, :length]
+            for layer in self.layers:
+                for kept in layer.tensors:
+                    kept[row, :, :length] = kept[last, :, :length]
+        self.lengths.pop()
+
+    def _make_room(self, num_rows: int, num_tokens: int) -> None:
+        self.tokens = _with_room(self.tokens, num_rows, num_tokens, 1)
+        self.documents = _with_room(self.documents, num_rows, num_tokens, 1)
 
 
 class Place:
@@ -80,6 +91,8 @@ class Place:
         first = torch.tensor(starts[:1] if self._together else starts, device=device)
         self.index = first[:, None] + torch.arange(num_new, device=device)
         """int64 (num_rows, new), or (1, new) where all rows are equally long."""
+        self.is_next_of_all = self._together is not None and num_new == 1
+        """Whether these are single tokens of equally long rows."""
 
     def put(self, new: Tensor, into: Tensor) -> None:
         """new: (num_rows, new, …) into (num_rows, room, …)."""
@@ -99,26 +112,36 @@ class LayerCache:
 
     def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Adds (num_rows, heads, new, channels) of the tokens at hand; returns those of all tokens so far."""
-        place = self._cache.place
-        if not self.tensors or place.end > self.tensors[0].shape[2]:
-            self._grow(new, place.end)
+        place, rows = self._cache.place, self._cache.num_rows
+        self._make_room(new, rows, place.end)
+        seen = []
         for kept, tensor in zip(self.tensors, new, strict=True):
-            place.put(tensor.transpose(1, 2), kept.transpose(1, 2))
-        return tuple(kept[:, :, : place.end] for kept in self.tensors)
+            place.put(tensor.transpose(1, 2), kept[:rows].transpose(1, 2))
+            seen.append(kept[:rows, :, : place.end])
+        return tuple(seen)
 
-    def _grow(self, like: Sequence[Tensor], num_tokens: int) -> None:
-        room = self.tensors[0].shape[2] if self.tensors else _FIRST_TOKENS
-        while room < num_tokens:
-            room *= 2
-        grown = tuple(
-            tensor.new_zeros(self._cache.num_rows, tensor.shape[1], room, tensor.shape[3]) for tensor in like
-        )
-        for old, new in zip(self.tensors, grown, strict=False):
-            new[:, :, : old.shape[2]] = old
-        self.tensors = grown
-
-    def copy_row(self, source: "LayerCache", source_row: int, row: int, length: int) -> None:
-        if not self.tensors or length > self.tensors[0].shape[2]:
-            self._grow(source.tensors, length)
+    def put_rows(self, source: "LayerCache", rows: slice, num_tokens: int) -> None:
+        """The rows of `source`, up to `num_tokens`, take the places `rows`."""
+        self._make_room(source.tensors, rows.stop, num_tokens)
         for mine, theirs in zip(self.tensors, source.tensors, strict=True):
-            mine[row, :, :length] = theirs[source_row, :, :length]
+            mine[rows, :, :num_tokens] = theirs[: rows.stop - rows.start, :, :num_tokens]
+
+    def _make_room(self, like: Sequence[Tensor], num_rows: int, num_tokens: int) -> None:
+        if not self.tensors:
+            self.tensors = tuple(
+                tensor.new_zeros(num_rows, tensor.shape[1], _FIRST_TOKENS, tensor.shape[3]) for tensor in like
+            )
+        self.tensors = tuple(_with_room(kept, num_rows, num_tokens, 2) for kept in self.tensors)
+
+
+def _with_room(kept: Tensor, num_rows: int, num_tokens: int, dim: int) -> Tensor:
+    """`kept`, or a larger copy: at least `num_rows` in its first dim and `num_tokens` in `dim`, doubling."""
+    if num_rows <= kept.shape[0] and num_tokens <= kept.shape[dim]:
+        return kept
+    shape = list(kept.shape)
+    shape[0] = shape[0] if num_rows <= shape[0] else max(num_rows, 2 * shape[0])
+    while shape[dim] < num_tokens:
+        shape[dim] *= 2
+    grown = kept.new_zeros(shape)
+    grown[tuple(slice(size) for size in kept.shape)] = kept
+    return grown

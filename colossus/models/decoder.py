@@ -101,11 +101,11 @@ class Decoder(nn.Module):
         tokens: int64 (rows, tokens). documents: the index of the document that each token belongs to, for
         rows packed from several; None: one document. With a `cache`, `tokens` continue what it has seen.
         """
-        if documents is None:
-            documents = torch.zeros_like(tokens)
-        all_tokens, all_documents = tokens, documents
-        index = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        if cache is not None:
+        if cache is None:
+            documents = torch.zeros_like(tokens) if documents is None else documents
+            all_tokens, all_documents = tokens, documents
+            index = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        else:
             all_tokens, all_documents = cache.extend(tokens, documents)
             index = cache.place.index
         positions = self._positions_in_document(all_documents, index)
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
             if lookup is not None:
                 x = x + lookup(all_tokens, all_documents, index)
         x = self.embedding_norm(x.to(dtype))
-        sight = self._sight(documents, all_documents, index, positions, dtype)
+        sight = self._sight(all_documents, index, positions, dtype, cache)
         for number, layer in enumerate(self.layers):
             x = layer(x, sight, None if cache is None else cache.layers[number], router_losses)
         return self.final_norm(x)
@@ -147,19 +147,24 @@ class Decoder(nn.Module):
     def _sight(
         self,
         documents: Tensor,
-        all_documents: Tensor,
         index: Tensor,
         positions: Tensor | None,
         dtype: torch.dtype,
+        cache: Cache | None,
     ) -> Sight:
         window, temperature_tokens = self.spec.attention.window, self._temperature_tokens
+        # One more token for rows that are equally long sees all that there is.
+        sees_all = cache is not None and cache.place.is_next_of_all and not cache.has_documents
+        queries = documents if cache is None else documents.gather(1, index.expand(documents.shape[0], -1))
+        full = None if sees_all else attention_bias(queries, documents, index, dtype)
+        windowed = full
+        if window is not None and not (sees_all and documents.shape[1] <= window.tokens):
+            windowed = attention_bias(queries, documents, index, dtype, window.tokens)
         return Sight(
-            full=attention_bias(documents, all_documents, index, dtype),
-            windowed=None
-            if window is None
-            else attention_bias(documents, all_documents, index, dtype, window.tokens),
+            full=full,
+            windowed=windowed,
             rotation=None if self.rope is None else self.rope(index, dtype),
             temperatures=None
             if temperature_tokens is None
-            else score_temperatures(positions, temperature_tokens),
+            else score_temperatures(positions, temperature_tokens).to(dtype),
         )

@@ -58,7 +58,8 @@ class LatentAttention(nn.Module):
         key = torch.cat([plain_key, shared_key.expand(-1, -1, spec.num_heads, -1)], -1)
         query = torch.cat([plain, turned], -1)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return attend(query, key, value, sight.full, scale=self.scale)
+        # A copy: kept for the backward pass as it is, the value would keep the plain keys beside it in memory.
+        return attend(query, key, value.contiguous(), sight.full, scale=self.scale)
 
     def _mix_latents(
         self,

@@ -34,8 +34,7 @@ class Router(Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (tokens, hidden_size). Returns logits and scores, float32 (tokens, num_experts)."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+        logits = super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits, logits.sigmoid() if self.scoring == "sigmoid" else logits.softmax(-1)
@@ -75,7 +74,7 @@ class MixtureOfExperts(nn.Module):
                 mixed = mixed * self.spec.shared.sum_multiplier
         if torch.is_grad_enabled():
             with torch.no_grad():
-                self.load += chosen.flatten().bincount(minlength=self.spec.num_experts)
+                self.load += tokens_of_experts(chosen, self.spec.num_experts)
             if losses is not None:
                 loss = losses.z * logits.logsumexp(-1).square().sum()
                 per_sequence = (*x.shape[:2], -1)
@@ -91,7 +90,9 @@ def choose(scores: Tensor, balance: Tensor | None, spec: MoeSpec) -> tuple[Tenso
 
     scores: (tokens, num_experts). `balance` moves the choice and not the weights.
     """
-    preferred = scores if balance is None else scores + balance
+    preferred = scores.detach()  # the choice has no gradient
+    if balance is not None:
+        preferred = preferred + balance
     if spec.router.groups is not None:
         preferred = _within_groups(preferred, spec.router.groups, 1 if balance is None else 2)
     chosen = preferred.topk(spec.top_k, -1).indices
@@ -99,6 +100,13 @@ def choose(scores: Tensor, balance: Tensor | None, spec: MoeSpec) -> tuple[Tenso
     if spec.router.renormalized:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return chosen, weights * spec.router.weight_multiplier
+
+
+def tokens_of_experts(chosen: Tensor, num_experts: int) -> Tensor:
+    """How many tokens were given to each expert: int64 (num_experts,). Not `bincount`, which meta tensors lack and for
+    which a GPU waits."""
+    given = chosen.flatten()
+    return given.new_zeros(num_experts).scatter_add_(0, given, torch.ones_like(given))
 
 
 def _within_groups(preferred: Tensor, groups: RouterGroups, num_best: int) -> Tensor:
@@ -185,6 +193,20 @@ def multiply_one_by_one(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+class _Unsorted(torch.autograd.Function):
+    """Row i to place `order[i]`. By hand it keeps the order alone; autograd keeps the rows too."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return torch.empty_like(rows).index_copy_(0, order, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradient.index_select(0, order), None
+
+
 class Experts(nn.Module):
     """All experts' MLPs, stacked."""
 
@@ -199,10 +221,10 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x: (tokens, hidden_size); chosen, weights: (tokens, top_k). Returns the weighted sums, as x."""
         experts, order = chosen.flatten().sort(stable=True)
-        ends = experts.bincount(minlength=self.up.weight.shape[0]).cumsum(0).int()
+        ends = tokens_of_experts(chosen, self.up.weight.shape[0]).cumsum(0).int()
         made = self._each(x[order // chosen.shape[1]], Groups(experts, ends))
         # Back in the tokens' order, and summed in the order of choice: the same sum on every machine.
-        back = torch.empty_like(made).index_copy(0, order, made).view(*chosen.shape, -1)
+        back = _Unsorted.apply(made, order).view(*chosen.shape, -1)
         return (back * weights[..., None]).sum(1)
 
     def _each(self, rows: Tensor, groups: Groups) -> Tensor:

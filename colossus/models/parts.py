@@ -36,6 +36,29 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
+class _RmsNorm(torch.autograd.Function):
+    """By hand it keeps its input; on a CPU autograd keeps that in float32, and beside it what the weight multiplies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, scale, weight)
+        normed = wide * scale
+        return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, weight = ctx.saved_tensors
+        normed, gradient = x * scale, gradient.to(scale.dtype)
+        grad_weight = None
+        if weight is not None:
+            grad_weight = (gradient * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            gradient = gradient * weight
+        along = (gradient * normed).mean(-1, keepdim=True)
+        return gradient.sub(normed.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+
+
 class RmsNorm(nn.Module):
     """Root-mean-square normalisation over the last dim (arXiv:1910.07467)."""
 
@@ -45,7 +68,10 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size)) if spec.weighted else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], _cast(self.weight, x.dtype), self.epsilon)
+        weight = _cast(self.weight, x.dtype)
+        if x.device.type == "cpu":
+            return _RmsNorm.apply(x, weight, self.epsilon)
+        return F.rms_norm(x, x.shape[-1:], weight, self.epsilon)
 
 
 class LayerNorm(nn.Module):
@@ -95,18 +121,66 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+class _Swiglu(torch.autograd.Function):
+    """silu(gate) · up. By hand it keeps what it is given; autograd keeps silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class _Geglu(torch.autograd.Function):
+    """gelu(gate) · up. By hand it keeps what it is given; autograd keeps gelu(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gelu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
+        return grad_gate, gelu(gate).mul_(gradient)
+
+
+class _ClampedSwiglu(torch.autograd.Function):
+    """By hand it keeps what it is given; autograd keeps four more tensors as large."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        clamped = gate.clamp(max=7.0)
+        sigmoid = torch.sigmoid(1.702 * clamped)
+        # (c · σ(1.702 c))' = σ · (1 + 1.702 c · (1 - σ)); what was cut off has no gradient.
+        slope = sigmoid * (1 + 1.702 * clamped * (1 - sigmoid))
+        grad_gate = gradient * (up.clamp(-7.0, 7.0) + 1) * slope * (gate <= 7.0)
+        return grad_gate, gradient * (clamped * sigmoid) * (up.abs() <= 7.0)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+    return _Swiglu.apply(gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return gelu(gate) * up
+    return _Geglu.apply(gate, up)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gpt-oss's: extreme values are cut off, and the linear part is around 1."""
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return _ClampedSwiglu.apply(gate, up)
 
 
 PLAIN = {"gelu": gelu, "squared_relu": squared_relu}

@@ -42,3 +42,5 @@ class TensorBoard:
             ("speed/memory_bytes", event.memory_bytes),
         ):
             self._writer.add_scalar(tag, value, event.step + 1)
+        if event.busiest_expert is not None:
+            self._writer.add_scalar("experts/busiest_over_mean", event.busiest_expert, event.step + 1)

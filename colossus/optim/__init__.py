@@ -1,5 +1,7 @@
-"""What turns gradients into updates: AdamW (torch's), Muon, row-wise Adagrad, and learning-rate schedules."""
+"""What turns gradients into updates: AdamW (torch's), Muon, row-wise Adagrad, balancing of experts, and learning-rate
+schedules."""
 
+from colossus.optim.balancing import Balancing
 from colossus.optim.build import (
     Optimizers,
     build_optimizers,
@@ -12,6 +14,7 @@ from colossus.optim.row_adagrad import RowAdagrad
 from colossus.optim.schedules import multiplier
 
 __all__ = [
+    "Balancing",
     "Muon",
     "Optimizers",
     "RowAdagrad",

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from colossus.models.moe import MixtureOfExperts
+from colossus.optim.balancing import Balancing
 from colossus.optim.muon import Muon, polynomials
 from colossus.optim.row_adagrad import RowAdagrad, rows_and_values
 from colossus.spec.model import ModelSpec, Role
@@ -13,11 +15,17 @@ Optimizers = tuple[torch.optim.Optimizer, ...]
 
 
 def build_optimizers(
-    model: nn.Module, spec: ModelSpec, config: AdamW | MuonConfig, *, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    spec: ModelSpec,
+    config: AdamW | MuonConfig,
+    *,
+    balancing_step: float = 0.001,
+    dtype: torch.dtype = torch.float32,
 ) -> Optimizers:
     """One optimizer per rule that the configuration uses; every parameter is in exactly one of them.
 
-    Each parameter group remembers its peak learning rate as `peak_lr`. `dtype` is what Muon's matmuls run in.
+    Each parameter group remembers its peak learning rate as `peak_lr`. `dtype` is what Muon's matmuls run in,
+    `balancing_step` how far a step moves the biases that balance experts.
     """
     parameters = dict(model.named_parameters())
     by_role: dict[Role, list[nn.Parameter]] = {}
@@ -53,6 +61,9 @@ def build_optimizers(
         )
     if "sparse_embedding" in by_role:
         optimizers.append(RowAdagrad(by_role["sparse_embedding"], lr=config.sparse_learning_rate))
+    if "balance" in by_role:
+        mixtures = [m for m in model.modules() if isinstance(m, MixtureOfExperts) and m.balance is not None]
+        optimizers.append(Balancing({m.balance: m.load for m in mixtures}, lr=balancing_step))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

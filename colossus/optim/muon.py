@@ -55,7 +55,7 @@ def orthogonalise(matrices: Tensor, coefficients: Sequence[Coefficients], dtype:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, for 2-dim parameters.
+    """Nesterov momentum, orthogonalised, for matrices, and for stacks of them: one for each expert.
 
     The update of a (rows, columns) matrix is scaled by √max(1, rows/columns), so that its effect on outputs
     does not depend on its shape. Matrices of one shape are orthogonalised together in one batched matmul: on
@@ -77,8 +77,10 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.dim() != 2:
-                    raise ValueError(f"Muon is for matrices; got shape {tuple(parameter.shape)}")
+                if parameter.dim() not in (2, 3):
+                    raise ValueError(
+                        f"Muon is for matrices and stacks of matrices; got shape {tuple(parameter.shape)}"
+                    )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -91,8 +93,9 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack(
                     [self._momentum(parameter, group["momentum"]) for parameter in parameters]
                 )
-                directions = orthogonalise(updates, self.coefficients, self.dtype)
-                step_size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                matrices = updates.view(-1, *shape[-2:])
+                directions = orthogonalise(matrices, self.coefficients, self.dtype).view(updates.shape)
+                step_size = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(direction, alpha=-step_size)

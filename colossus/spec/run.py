@@ -75,6 +75,17 @@ class Cosine(Frozen):
     final_scale: Fraction = 0.1
 
 
+class Routing(Frozen):
+    """What keeps the routers of a mixture of experts from favouring few experts. Without a mixture it does nothing."""
+
+    balance_loss: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the load-balance loss, per sequence (arXiv:2101.03961, arXiv:2412.19437)."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared log-partition of router logits (arXiv:2202.08906)."""
+    balancing_step: Annotated[float, Field(ge=0)] = 0.001
+    """How far a step moves a balancing bias, for models that have them (arXiv:2408.15664); follows the schedule."""
+
+
 class Checkpoints(Frozen):
     """When the state is written, and what is kept."""
 
@@ -117,6 +128,7 @@ class RunConfig(Frozen):
     """Largest norm of the whole gradient; None: no clipping."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log-partition in the loss (arXiv:2204.02311); keeps logits from drifting."""
+    routing: Routing = Routing()
     max_skipped_steps: Positive = 5
     """Steps in a row whose loss or gradient may be non-finite before the run stops."""
     checkpoints: Checkpoints = Checkpoints()

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from colossus.data import Corpus, heldout_windows
+from colossus.data import IGNORED, Corpus, heldout_windows
+from colossus.evaluate.score import score
 from colossus.models import Decoder
 from colossus.spec.rank import RankPlan
-from colossus.trainer.step import loss_sums
+from colossus.trainer.precision import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,6 @@ class HeldOut:
     num_tokens: int
 
 
-@torch.no_grad()
 def evaluate(
     model: Decoder,
     corpus: Corpus,
@@ -46,8 +46,16 @@ def evaluate(
         for first in chosen[::sequences]:
             if stop is not None and stop():
                 return None
-            _, sums = loss_sums(model, windows.read(first, sequences), plan)
-            nats += sums.loss.item()
-            num_tokens += sums.num_tokens
+            batch = windows.read(first, sequences)
+            scores = score(
+                model,
+                batch.tokens,
+                batch.targets,
+                batch.documents,
+                dtype=DTYPES[plan.dtype],
+                chunk_tokens=plan.loss_chunk_tokens,
+            )
+            nats -= float(scores.log_probabilities.sum())
+            num_tokens += int((batch.targets != IGNORED).sum())
     loss = nats / num_tokens
     return HeldOut(loss, loss / math.log(2) * windows.num_tokens / windows.num_bytes, num_tokens)

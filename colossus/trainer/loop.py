@@ -20,7 +20,7 @@ from colossus.optim import gradient_norm, multiplier, scale_gradients, set_learn
 from colossus.spec.duration import Progress
 from colossus.spec.run import RunConfig
 from colossus.trainer.state import TrainState
-from colossus.trainer.step import accumulate_gradients
+from colossus.trainer.step import accumulate_gradients, take_expert_loads
 
 
 def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator[StepDone | StepSkipped]:
@@ -40,7 +40,7 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
         batch = reader.read(step)
         scale = multiplier(config.schedule, step=step, done=done)
         set_learning_rates(state.optimizers, scale)
-        sums = accumulate_gradients(model, batch, plan, z_loss=config.z_loss)
+        sums = accumulate_gradients(model, batch, plan, z_loss=config.z_loss, routing=config.routing)
         norm = gradient_norm(model)
         loss_value, norm_value = sums.loss.item() / sums.num_tokens, norm.item()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
@@ -54,6 +54,7 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
             state.skipped_in_a_row += 1
         for parameter in model.parameters():
             parameter.grad = None
+        busiest_expert = take_expert_loads(model)
         state.progress = clock.step_ends(step + 1, state.progress.tokens + sums.num_tokens)
         step_time_s = time.perf_counter() - started
         if finite:
@@ -70,6 +71,7 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
                 tokens_per_s=sums.num_tokens / step_time_s,
                 mfu=flops / step_time_s / plan.machine.matmul_flops[plan.dtype],
                 memory_bytes=_memory_bytes(plan.machine.kind, process),
+                busiest_expert=busiest_expert,
             )
         else:
             yield StepSkipped(

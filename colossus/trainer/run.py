@@ -74,8 +74,7 @@ def start(
     corpus = _prepare(config, runs_directory, progress, costs)
     reader = _reader(config, corpus)
     prepare_process(threads or (config.plan.machine.num_threads if config.plan else None))
-    if config.plan is None:
-        config = config.model_copy(update={"plan": plan_one_rank(config, measure_machine(config))})
+    config = _planned(config) if config.plan is None else config
     _check_plan(_plan_of(config))
     run = RunDirectory.create(runs_directory, name)
     with run.lock():
@@ -102,13 +101,19 @@ def resume(
     costs = _Costs()
     with run.lock():
         config = run.config()
-        plan = _plan_of(config)
-        _check_plan(plan)
+        if config.plan is None and any(isinstance(event, RunStarted) for event in run.events()):
+            raise RunError(f"{run.path}: its config.toml has no [plan], which says how it was trained; put it back")
+        if config.plan is not None:
+            _check_plan(config.plan)
         corpus = _prepare(config, run.path.parent, progress, costs)
         reader = _reader(config, corpus)
         _check_tokenizer(run, corpus)
         # Sums depend on how many threads share them: the plan's number is part of what makes a resumed run exact.
-        prepare_process(threads or plan.machine.num_threads)
+        prepare_process(threads or (config.plan.machine.num_threads if config.plan else None))
+        if config.plan is None:  # an imported model, of which nothing has been trained here yet
+            config = _planned(config)
+            with _writing(run):
+                run.write_config(config)
         state = TrainState.new(config)
         news = _load(run, config, state)
         if budget is not None and budget != config.budget:
@@ -149,9 +154,13 @@ def _reader(config: RunConfig, corpus: Corpus) -> BatchReader:
     return BatchReader(corpus, config.seed, config.batch.sequence_tokens, config.batch.sequences)
 
 
+def _planned(config: RunConfig) -> RunConfig:
+    """With a plan for the machine at hand."""
+    return config.model_copy(update={"plan": plan_one_rank(config, measure_machine(config))})
+
+
 def _plan_of(config: RunConfig) -> RankPlan:
-    if config.plan is None:
-        raise RunError("the run's config.toml has no [plan], which says how it was trained; put it back")
+    assert config.plan is not None
     return config.plan
 
 

@@ -29,7 +29,10 @@ class TrainState:
         assert config.plan is not None
         model = build(config.model, seed=config.seed, device=config.plan.machine.kind)
         dtype = DTYPES[config.plan.dtype]
-        return cls(model, build_optimizers(model, config.model, config.optimizer, dtype=dtype))
+        optimizers = build_optimizers(
+            model, config.model, config.optimizer, balancing_step=config.routing.balancing_step, dtype=dtype
+        )
+        return cls(model, optimizers)
 
     def tensors(self) -> dict[str, Tensor]:
         """By flat name: `model.<parameter>` and `optimizer.<parameter>.<what>`. Views, not copies."""

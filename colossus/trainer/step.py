@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from colossus.data import IGNORED, Batch
-from colossus.models import Decoder, chunked_cross_entropy
+from colossus.models import Decoder, RouterLosses, chunked_cross_entropy
+from colossus.models.moe import MixtureOfExperts
 from colossus.spec.rank import RankPlan
+from colossus.spec.run import Routing
 from colossus.trainer.precision import DTYPES
+
+NO_ROUTING = Routing(balance_loss=0.0, z_loss=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +32,20 @@ def split(batch: Batch, sequences: int) -> list[Batch]:
     ]  # fmt: skip
 
 
-def loss_sums(model: Decoder, batch: Batch, plan: RankPlan, *, z_loss: float = 0.0) -> tuple[Tensor, Sums]:
+def loss_sums(
+    model: Decoder,
+    batch: Batch,
+    plan: RankPlan,
+    *,
+    z_loss: float = 0.0,
+    router_losses: RouterLosses | None = None,
+) -> tuple[Tensor, Sums]:
     """The objective to differentiate (a sum over tokens) and the plain loss, of one micro-batch."""
     device = plan.machine.kind
     tokens, documents, targets = (
         torch.from_numpy(array).to(device) for array in (batch.tokens, batch.documents, batch.targets)
     )
-    hidden = model(tokens, documents, dtype=DTYPES[plan.dtype]).flatten(0, 1)
+    hidden = model(tokens, documents, dtype=DTYPES[plan.dtype], router_losses=router_losses).flatten(0, 1)
     targets = targets.flatten()
     if (batch.targets == IGNORED).any():
         counted = targets != IGNORED
@@ -51,16 +62,41 @@ def loss_sums(model: Decoder, batch: Batch, plan: RankPlan, *, z_loss: float = 0
     return objective, Sums(loss, targets.numel())
 
 
-def accumulate_gradients(model: Decoder, batch: Batch, plan: RankPlan, *, z_loss: float = 0.0) -> Sums:
+def accumulate_gradients(
+    model: Decoder, batch: Batch, plan: RankPlan, *, z_loss: float = 0.0, routing: Routing = NO_ROUTING
+) -> Sums:
     """Adds to every parameter's gradient that of the batch's mean token loss.
 
     Each micro-batch contributes the sum of its token losses divided by the whole batch's token count, so
-    micro-batches of unequal size give exactly the gradient that the batch in one piece would.
+    micro-batches of unequal size give exactly the gradient that the batch in one piece would; also the routers'
+    losses, which are sums over sequences.
     """
     num_tokens = int((batch.targets != IGNORED).sum())
+    router_losses = _router_losses(routing, num_tokens, plan.machine.kind)
     total = torch.zeros((), device=plan.machine.kind)
     for micro_batch in split(batch, plan.micro_batch_sequences):
-        objective, sums = loss_sums(model, micro_batch, plan, z_loss=z_loss)
+        objective, sums = loss_sums(model, micro_batch, plan, z_loss=z_loss, router_losses=router_losses)
         (objective / num_tokens).backward()
         total += sums.loss
     return Sums(total, num_tokens)
+
+
+def _router_losses(routing: Routing, num_tokens: int, device: str) -> RouterLosses | None:
+    if not routing.balance_loss and not routing.z_loss:
+        return None
+    return RouterLosses(
+        torch.tensor(routing.balance_loss / num_tokens, device=device),
+        torch.tensor(routing.z_loss / num_tokens, device=device),
+    )
+
+
+def take_expert_loads(model: Decoder) -> float | None:
+    """The busiest expert's tokens over the mean, the largest of all layers, since this was last asked; None where the
+    model has no experts."""
+    loads = [module.load for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    if not loads:
+        return None
+    worst = torch.stack([load.max() / load.mean() for load in loads]).max().item()
+    for load in loads:
+        load.zero_()
+    return worst

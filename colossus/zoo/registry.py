@@ -139,7 +139,7 @@ def _read(path: Path) -> ModelSpec:
         raise ConfigError(f"cannot read model {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot read model {path}: not UTF-8 text, from byte {error.start} on") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:  # no such file, or a number of too many digits
         raise ConfigError(f"{path} is not a {path.suffix[1:].upper()} file: {error}") from None
     except RecursionError:
         raise ConfigError(f"cannot read model {path}: nested too deeply") from None

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from colossus.checkpoint import load
 from colossus.checkpoint.hugging_face import export_run, import_run, open_directory, write_directory
@@ -79,7 +79,7 @@ def test_bfloat16_is_rounded_once_and_stays(tmp_path: Path) -> None:
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "mixtral"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_transformers_loads_what_was_written(kind: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     spec = model(kind)
@@ -109,7 +109,9 @@ def test_a_run_goes_out_and_comes_in_as_the_same_weights(tmp_path: Path) -> None
     exported = export_run(run, tmp_path / "out")
     assert (exported.step, exported.rejected) == (7, ())
     card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith("---\n") and "7 steps" in card and "colossus train 'it'\"'\"'s mine.toml'" in card
+    assert card.startswith("---\n")
+    assert "7 steps" in card
+    assert "colossus train 'it'\"'\"'s mine.toml'" in card
     assert f"{spec.num_params():,}" in card
     source = open_directory(tmp_path / "out", name="again")
     config = override(continued(source.model), ["budget=40 steps"])
@@ -192,7 +194,7 @@ def test_import_refuses_another_model_and_leaves_nothing(tmp_path: Path) -> None
     source = open_directory(tmp_path / "out", name="x")
     runs = tmp_path / "runs"
     narrower = override(continued(source.model), ["model.mlp.intermediate_size=20"])
-    with pytest.raises(ConfigError, match=r"\[20, 16\] and is \[24, 16\].*Leave model"):
+    with pytest.raises(ConfigError, match=r"\[16, 20\] and is \[16, 24\].*Leave model"):
         import_run(source, narrower, runs_directory=runs, name="x")
     longer = override(continued(source.model), ["model.context_tokens=128"])
     assert import_run(source, longer, runs_directory=runs, name="x").config().model.context_tokens == 128
@@ -201,8 +203,6 @@ def test_import_refuses_another_model_and_leaves_nothing(tmp_path: Path) -> None
         import_run(open_directory(tmp_path / "out"), longer, runs_directory=runs, name="y")
     bad = load_file(tmp_path / "out/model.safetensors")
     bad["model.norm.weight"][3] = torch.inf
-    from safetensors.torch import save_file
-
     save_file(bad, tmp_path / "out/model.safetensors")
     tokenizer = Path(source.path).parent / "a/llama-001/tokenizer/tokenizer.json"
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* 1 elements of 16"):
@@ -210,3 +210,62 @@ def test_import_refuses_another_model_and_leaves_nothing(tmp_path: Path) -> None
             open_directory(tmp_path / "out"), longer, runs_directory=runs, name="y", tokenizer=tokenizer
         )
     assert sorted(path.name for path in runs.iterdir()) == ["x-001"]
+
+
+def test_what_came_with_a_tokenizer_stays_and_links_are_not_followed(tmp_path: Path) -> None:
+    spec = model("llama")
+    export_run(make_run(tmp_path / "runs", spec, weights(spec)), tmp_path / "out")
+    (tmp_path / "out/chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "out/generation_config.json").write_text(
+        '{"eos_token_id": [0, 5], "bos_token_id": 3, "top_p": 0.9}'
+    )
+    marks = {"eos_token": "<|endoftext|>", "auto_map": {"AutoTokenizer": "code.Class"}, "x": 1}
+    (tmp_path / "out/tokenizer_config.json").write_text(json.dumps(marks))
+    source = open_directory(tmp_path / "out")
+    run = import_run(source, continued(source.model), runs_directory=tmp_path / "runs", name="x")
+    export_run(run, tmp_path / "again")
+    for name in ("chat_template.jinja", "generation_config.json"):
+        before, after = (tmp_path / folder / name for folder in ("out", "again"))
+        texts = [file.read_text() for file in (before, after)]
+        assert texts[0] == texts[1] or json.loads(texts[0]) == json.loads(texts[1])
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, [0, 5])
+    kept = json.loads((tmp_path / "again/tokenizer_config.json").read_text())
+    assert kept == {"eos_token": "<|endoftext|>", "x": 1}
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "out/special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="outside the directory"):
+        import_run(source, continued(source.model), runs_directory=tmp_path / "runs", name="y")
+    assert not (tmp_path / "runs/y-001").exists()
+
+
+def test_a_sentencepiece_model_goes_out_and_in(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    spec = model("llama")
+    run = make_run(tmp_path / "runs", spec, weights(spec))
+    (run.tokenizer_path / "tokenizer.json").unlink()
+    texts = [
+        "some words, and more words",
+        "other words with nothing in them",
+        "0123456789 and signs: ()[]",
+    ] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=290,
+        byte_fallback=True,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").rename(run.tokenizer_path / "tokenizer.model")
+    export_run(run, tmp_path / "out")
+    source = open_directory(tmp_path / "out")
+    imported = import_run(source, continued(source.model), runs_directory=tmp_path / "runs", name="x")
+    ours = Tokenizer.load(imported.tokenizer_path)
+    assert ours.fingerprint == Tokenizer.load(run.tokenizer_path).fingerprint
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("some words (é)")["input_ids"] == ours.encode("some words (é)").tolist()
+    assert theirs.eos_token_id == ours.end_of_document

@@ -1,50 +1,110 @@
-"""A decoder as one would write it on paper: float64, one position after another, no batches, no tricks."""
+"""A decoder as one would write it on paper: float64, one position after another, no batches, no tricks.
 
-import math
-from collections.abc import Sequence
+Written from the docstrings of colossus/spec and the papers that they name, and not from colossus/models. Weights are
+tensors and autograd goes through everything, so it is a reference of gradients, too. Attention is in
+reference_attention.py, feed-forward parts and mixtures in reference_mlp.py.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from colossus.models import Decoder
-from colossus.spec.model import ModelSpec
+from colossus.spec.model import ModelSpec, MoeSpec
+from tests.models.reference_attention import attention
+from tests.models.reference_mlp import Routed, mixture, mlp
+from tests.models.reference_norm import norm
 
 MULTIPLIERS = (0x9E3779B97F4A7C15, 2685821657736338717, 6364136223846793005, 1442695040888963407)
 
 
+def weights_of(model: Decoder) -> dict[str, Tensor]:
+    """Copies in float64, leaves of a graph of their own."""
+    return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+
+
 def reference_logits(model: Decoder, tokens: Sequence[int], documents: Sequence[int]) -> Tensor:
     """(tokens, vocab_size) of one row."""
-    spec = model.spec
     weights = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
-    residual = [weights["embedding.weight"][token] for token in tokens]
-    # Each document counts its positions from 0: only differences of positions may matter.
-    positions = [i - list(documents).index(documents[i]) for i in range(len(tokens))]
-    if spec.ngrams is not None:
-        for i in range(len(tokens)):
-            history = tokens[i - positions[i] : i + 1]
-            for row in ngram_rows(spec, history):
-                residual[i] = residual[i] + weights["ngram_embedding.weight"][row]
-    if spec.recall is not None:
-        for i in range(len(tokens)):
-            row = recall_row(spec, tokens[i - positions[i] : i + 1])
-            residual[i] = residual[i] + weights["recall_embedding.weight"][row]
-    if spec.embedding_norm:
-        residual = [_norm(spec, x, weights.get("embedding_norm.weight")) for x in residual]
-    for number in range(spec.num_layers):
-        layer = {
-            name.removeprefix(f"layers.{number}."): weight
-            for name, weight in weights.items()
-            if name.startswith(f"layers.{number}.")
-        }
-        inputs = [_norm(spec, x, layer.get("attention_norm.weight")) for x in residual]
-        mixed = _attention(spec, layer, inputs, documents, positions)
-        residual = [x + y for x, y in zip(residual, mixed, strict=True)]
-        inputs = [_norm(spec, x, layer.get("mlp_norm.weight")) for x in residual]
-        residual = [x + _mlp(spec, layer, y) for x, y in zip(residual, inputs, strict=True)]
+    return logits_of(model.spec, weights, hidden_states(model.spec, weights, tokens, documents))
+
+
+def logits_of(spec: ModelSpec, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     head = weights["embedding.weight"] if spec.tied_embeddings else weights["head.weight"]
-    logits = torch.stack([head @ _norm(spec, x, weights.get("final_norm.weight")) for x in residual])
+    logits = hidden @ head.T * spec.logit_multiplier
     cap = spec.logit_soft_cap
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def hidden_states(
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    tokens: Sequence[int],
+    documents: Sequence[int],
+    routed: list[list[Routed]] | None = None,
+) -> Tensor:
+    """(tokens, hidden_size) of one row, after the last norm. `routed`: a list that is given, for each mixture, what
+    its router said of each token."""
+    # Each document counts its positions from 0.
+    positions = [i - list(documents).index(documents[i]) for i in range(len(tokens))]
+    residual = _embedded(spec, weights, tokens, positions)
+    for number in range(spec.num_layers):
+        prefix = f"layers.{number}."
+        layer = {
+            name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)
+        }
+        inputs = [_before(spec, layer, x, "attention") for x in residual]
+        mixed = attention(spec, layer, number, inputs, documents, positions)
+        residual = [x + _after(spec, layer, y, "attention") for x, y in zip(residual, mixed, strict=True)]
+        made = []
+        of_this_layer: list[Routed] = []
+        for x in residual:
+            inner = _before(spec, layer, x, "mlp")
+            part = spec.mlp
+            if spec.first_layers is not None and number < spec.first_layers.num_layers:
+                part = spec.first_layers.mlp
+            if isinstance(part, MoeSpec):
+                result, choice = mixture(part, layer, inner)
+                of_this_layer.append(choice)
+            else:
+                result = mlp(part, layer, "mlp", inner)
+            made.append(result)
+        if routed is not None and of_this_layer:
+            routed.append(of_this_layer)
+        residual = [x + _after(spec, layer, y, "mlp") for x, y in zip(residual, made, strict=True)]
+    return torch.stack([norm(spec.norm, x, weights, "final_norm") for x in residual])
+
+
+def _before(spec: ModelSpec, layer: Mapping[str, Tensor], x: Tensor, block: str) -> Tensor:
+    """A block's input: normalised, except where a norm stands behind the block alone."""
+    return x if spec.norm_placement == "post" else norm(spec.norm, x, layer, f"{block}_norm")
+
+
+def _after(spec: ModelSpec, layer: Mapping[str, Tensor], x: Tensor, block: str) -> Tensor:
+    """What a block adds: normalised, except where a norm stands before the block alone."""
+    return x if spec.norm_placement == "pre" else norm(spec.norm, x, layer, f"{block}_output_norm")
+
+
+def _embedded(
+    spec: ModelSpec, weights: Mapping[str, Tensor], tokens: Sequence[int], positions: Sequence[int]
+) -> list[Tensor]:
+    residual = []
+    for i, token in enumerate(tokens):
+        x = weights["embedding.weight"][token] * spec.embedding_multiplier
+        history = tokens[i - positions[i] : i + 1]
+        if spec.learned_positions:
+            x = x + weights["position_embedding.weight"][positions[i]]
+        if spec.ngrams is not None:
+            for row in ngram_rows(spec, history):
+                x = x + weights["ngram_embedding.weight"][row]
+        if spec.recall is not None:
+            x = x + weights["recall_embedding.weight"][recall_row(spec, history)]
+        residual.append(norm(spec.norm, x, weights, "embedding_norm") if spec.embedding_norm else x)
+    return residual
+
+
+# --- lookups ---
 
 
 def ngram_rows(spec: ModelSpec, history: Sequence[int]) -> list[int]:
@@ -75,68 +135,3 @@ def recall_row(spec: ModelSpec, history: Sequence[int]) -> int:
 def _signed(value: int) -> int:
     value %= 2**64
     return value - 2**64 if value >= 2**63 else value
-
-
-def _norm(spec: ModelSpec, x: Tensor, weight: Tensor | None) -> Tensor:
-    normed = x / math.sqrt(sum(v * v for v in x.tolist()) / len(x) + spec.norm.epsilon)
-    return normed if weight is None else normed * weight
-
-
-def _attention(
-    spec: ModelSpec,
-    layer: dict[str, Tensor],
-    inputs: Sequence[Tensor],
-    documents: Sequence[int],
-    positions: Sequence[int],
-) -> list[Tensor]:
-    attention = spec.attention
-    size, group = attention.head_dim, attention.num_heads // attention.num_kv_heads
-    scale = 1 / math.sqrt(size) if attention.score_scale is None else attention.score_scale
-
-    def head(name: str, token: int, number: int) -> Tensor:
-        x = layer[f"attention.{name}.weight"][number * size : (number + 1) * size] @ inputs[token]
-        if name == "value":
-            return x
-        if attention.qk_norm:
-            x = _norm(spec, x, None)
-        return x if attention.rope is None else _rotate(x, positions[token], attention.rope.base)
-
-    outputs = []
-    for i in range(len(inputs)):
-        heads = []
-        for number in range(attention.num_heads):
-            query = head("query", i, number)
-            visible = [j for j in range(i + 1) if documents[j] == documents[i]]
-            scores = [math.exp(scale * float(query @ head("key", j, number // group))) for j in visible]
-            values = [head("value", j, number // group) for j in visible]
-            heads.append(sum(s * v for s, v in zip(scores, values, strict=True)) / sum(scores))
-        outputs.append(layer["attention.output.weight"] @ torch.cat(heads))
-    return outputs
-
-
-def _rotate(x: Tensor, position: int, base: float) -> Tensor:
-    half = len(x) // 2
-    turned = [
-        complex(x[i], x[i + half]) * math.e ** (1j * position * base ** (-2 * i / len(x)))
-        for i in range(half)
-    ]
-    return torch.tensor([z.real for z in turned] + [z.imag for z in turned], dtype=torch.float64)
-
-
-def _mlp(spec: ModelSpec, layer: dict[str, Tensor], x: Tensor) -> Tensor:
-    def gelu(v: float) -> float:
-        return 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
-
-    def silu(v: float) -> float:
-        return v / (1 + math.exp(-v))
-
-    activation = {
-        "swiglu": silu,
-        "geglu": gelu,
-        "gelu": gelu,
-        "squared_relu": lambda v: max(v, 0.0) ** 2,
-    }[spec.mlp.activation]
-    up = layer["mlp.up.weight"] @ x
-    inner = layer["mlp.gate.weight"] @ x if spec.mlp.gated else up
-    activated = torch.tensor([activation(v) for v in inner.tolist()], dtype=torch.float64)
-    return layer["mlp.down.weight"] @ (activated * up if spec.mlp.gated else activated)

@@ -7,6 +7,7 @@ import torch
 
 from colossus.models import Decoder, build
 from colossus.optim import (
+    Balancing,
     Muon,
     RowAdagrad,
     build_optimizers,
@@ -35,6 +36,7 @@ RULES = {  # role: (optimizer, learning rate, weight decay)
         "vector": (torch.optim.AdamW, 1e-3, 0.0),
         "matrix": (torch.optim.AdamW, 1e-3, 0.1),
         "sparse_embedding": (RowAdagrad, 0.4, None),
+        "balance": (Balancing, 0.003, None),
     },
     "muon": {
         "embedding": (torch.optim.AdamW, 2e-3, 0.0),
@@ -42,6 +44,7 @@ RULES = {  # role: (optimizer, learning rate, weight decay)
         "vector": (torch.optim.AdamW, 1e-3, 0.0),
         "matrix": (Muon, 0.02, 0.05),
         "sparse_embedding": (RowAdagrad, 0.4, None),
+        "balance": (Balancing, 0.003, None),
     },
 }
 
@@ -52,7 +55,7 @@ def test_each_parameter_is_in_one_group_by_its_role(spec: ModelSpec, config: Ada
     model = build(spec, seed=0)
     groups = [
         (parameter, type(optimizer), group["lr"], group.get("weight_decay"))
-        for optimizer in build_optimizers(model, spec, config)
+        for optimizer in build_optimizers(model, spec, config, balancing_step=0.003)
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]

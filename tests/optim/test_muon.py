@@ -171,5 +171,18 @@ def test_no_gradient_and_a_zero_gradient_change_nothing(dtype: torch.dtype) -> N
 
 
 def test_vectors_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Muon is for matrices; got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"Muon is for matrices and stacks of matrices; got shape \(3,\)"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+def test_a_stack_is_updated_as_its_matrices_are() -> None:
+    stack = torch.nn.Parameter(random(3, 8, 12))
+    apart = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    together, one_by_one = Muon([stack], lr=0.1, weight_decay=0.3), Muon(apart, lr=0.1, weight_decay=0.3)
+    for step in range(3):
+        stack.grad = random(3, 8, 12, seed=10 + step)
+        for matrix, gradient in zip(apart, stack.grad, strict=True):
+            matrix.grad = gradient.clone()
+        together.step()
+        one_by_one.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in apart]), rtol=1e-5, atol=1e-6)

@@ -59,9 +59,9 @@ def read_header(path: Path) -> dict[str, Span]:
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            start = file.read(8)
+            start = file.read(9)
             num_bytes = _header_bytes(path, start, file_bytes)
-            text = file.read(num_bytes)
+            text = start[8:] + file.read(num_bytes - 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
@@ -72,22 +72,21 @@ def read_header(path: Path) -> dict[str, Span]:
         spans = {name: _span(path, name, entry, 8 + num_bytes) for name, entry in record.items()}
         _check_offsets(spans, 8 + num_bytes, file_bytes)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not a good safetensors file: {error or 'its header is nested too deep'}; get it again"
-        ) from None
+        reason = "its header is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(f"{path} is not a good safetensors file: {reason}; get it again") from None
     return spans
 
 
 def _header_bytes(path: Path, start: bytes, file_bytes: int) -> int:
     for magic, what in _PICKLES.items():
-        # A header's length that begins with these bytes ends in zeros, an archive's version or an opcode does not.
-        if start.startswith(magic) and start[4:8] != b"\0\0\0\0":
+        # A header's length may begin with these bytes, too; then its first character follows.
+        if start.startswith(magic) and start[8:] != b"{":
             raise CheckpointError(
                 f"{path} is {what} under the name of safetensors; such files can run code when they are opened, "
                 f"so it was not. {CONVERT}"
             )
-    num_bytes = int.from_bytes(start, "little")
-    if len(start) < 8 or num_bytes > file_bytes - 8:
+    num_bytes = int.from_bytes(start[:8], "little")
+    if len(start) < 9 or num_bytes < 1 or num_bytes > file_bytes - 8:
         raise CheckpointError(
             f"{path} is cut off, or not safetensors: its header should have {format_bytes(num_bytes)} and the whole "
             f"file has {format_bytes(file_bytes)}; get it again"

@@ -24,8 +24,7 @@ def find_directory(text: str) -> Path:
             f"the Hugging Face hub (owner/name)"
         )
     elsewhere = (
-        "download it where there is network (huggingface-cli download "
-        f"{text} --local-dir DIR) and give that directory"
+        f"download it where there is network (hf download {text} --local-dir DIR) and give that directory"
     )
     try:
         from huggingface_hub import snapshot_download

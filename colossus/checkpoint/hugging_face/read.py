@@ -17,10 +17,9 @@ from torch import Tensor
 from colossus.checkpoint.hugging_face.convert import fill
 from colossus.checkpoint.hugging_face.match import Dequantiser, check_size, match
 from colossus.checkpoint.hugging_face.sources import Source
-from colossus.checkpoint.hugging_face.weight_files import inside, spans_of
+from colossus.checkpoint.hugging_face.weight_files import inside, read_text, spans_of
 from colossus.errors import CheckpointError, ConfigError
 from colossus.spec.model import ModelSpec
-from colossus.units import format_bytes
 from colossus.zoo.hugging_face import (
     Architecture,
     StoredTensor,
@@ -30,7 +29,6 @@ from colossus.zoo.hugging_face import (
 )
 
 _CHECK_ELEMENTS = 1 << 20
-_MOST_TEXT_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,26 +140,15 @@ def _tokenizer(path: Path) -> Path | None:
 
 def _chat_template(path: Path) -> str | None:
     if (file := inside(path, "chat_template.jinja")) is not None:
-        return _text(file)
+        return read_text(file)
     template: Any = None
     for name in ("chat_template.json", "tokenizer_config.json"):
         if template is None and (file := inside(path, name)) is not None:
             try:
-                template = json.loads(_text(file)).get("chat_template")
+                template = json.loads(read_text(file)).get("chat_template")
             except (ValueError, AttributeError, RecursionError):
                 raise CheckpointError(f"{file} is not a JSON table; get it again") from None
     if isinstance(template, list):  # several by name
         by_name = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = by_name.get("default")
     return template if isinstance(template, str) else None
-
-
-def _text(file: Path) -> str:
-    try:
-        if file.stat().st_size > _MOST_TEXT_BYTES:
-            raise CheckpointError(f"{file} has {format_bytes(file.stat().st_size)}, too much for what it is")
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{file} is not UTF-8 text; get it again") from None

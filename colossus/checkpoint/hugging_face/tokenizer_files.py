@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from colossus.checkpoint.hugging_face.new_directory import write_synced
+from colossus.checkpoint.hugging_face.weight_files import inside, read_text
 from colossus.data.tokenizer import FILE_NAMES, Tokenizer
 
 COMPANIONS = (
@@ -41,24 +42,51 @@ def write_tokenizer(directory: Path, kept: Path, context_tokens: int) -> dict[st
         write_synced(
             directory / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         )
-    return {"bos_token_id": tokenizer.end_of_document, "eos_token_id": tokenizer.end_of_document}
+    kept_ids = {key: value for key, value in _kept_generation(kept).items() if key in _IDS and _is_ids(value)}
+    return {"bos_token_id": tokenizer.end_of_document, "eos_token_id": tokenizer.end_of_document, **kept_ids}
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _is_ids(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(type(one) is int for one in value))
 
 
 def generation_config(ids: dict[str, Any], kept: Path | None) -> dict[str, Any]:
     """How `transformers` writes text unless told otherwise: what came in with an imported model, or sampling as the
     model says."""
-    if kept is not None and (file := kept / "generation_config.json").is_file():
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            return record
-    return {"do_sample": True, "temperature": 1.0, **ids}
+    return (_kept_generation(kept) if kept else {}) or {"do_sample": True, "temperature": 1.0, **ids}
+
+
+def _kept_generation(kept: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((kept / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def keep_companions(source: Path, kept: Path) -> None:
-    """Copies what belongs to a tokenizer into a run's. Raises OSError."""
+    """Copies what belongs to a tokenizer into a run's, all but names of code to load.
+
+    Raises CheckpointError for a link that leads out of `source` and for what is not text, OSError.
+    """
     for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, kept / name)
+        if (file := inside(source, name)) is None:
+            continue
+        text = read_text(file)
+        if name == "tokenizer_config.json":
+            text = _without_code(text)
+        write_synced(kept / name, text)
+
+
+def _without_code(text: str) -> str:
+    """A tokenizer_config.json without `auto_map`, which names Python files that stayed behind."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(record, dict) or record.pop("auto_map", None) is None:
+        return text
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -8,12 +8,14 @@ from typing import Any
 
 from colossus.checkpoint.hugging_face.header import CONVERT, Span, read_header
 from colossus.errors import CheckpointError
+from colossus.units import format_bytes
 from colossus.zoo.hugging_face import Architecture
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _MOST_INDEX_BYTES = 200_000_000
+_MOST_TEXT_BYTES = 64_000_000
 _RANK = re.compile(r".*-TP-(\d{3})\.safetensors")
 _OF_RANKS = re.compile(r".*-TP-(\d{3}|common)\.safetensors")
 
@@ -25,12 +27,14 @@ def spans_of(directory: Path, architecture: Architecture) -> dict[str, tuple[Spa
     Raises CheckpointError where a file is missing, damaged, outside the directory, or of a kind that is not opened.
     """
     index = directory / INDEX_NAME
-    by_rank = [path for path in sorted(directory.glob("*.safetensors")) if _OF_RANKS.fullmatch(path.name)]
+    # Names with a dot in front are other programs' notes beside a file, not weights.
+    there = sorted(directory.glob("[!.]*.safetensors"))
+    by_rank = [path for path in there if _OF_RANKS.fullmatch(path.name)]
     if by_rank:
         return _merged(directory, by_rank, architecture)
     if not index.exists():
         single = directory / SINGLE_NAME
-        files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+        files = [single] if single.exists() else there
         if not files:
             raise CheckpointError(_nothing(directory))
         return _merged(directory, files, architecture)
@@ -65,6 +69,18 @@ def inside(directory: Path, name: str) -> Path | None:
     if not real.is_file():
         raise CheckpointError(f"{path} is not a file")
     return path
+
+
+def read_text(file: Path) -> str:
+    """A small text file. Raises CheckpointError where it is not one, or cannot be read."""
+    try:
+        if file.stat().st_size > _MOST_TEXT_BYTES:
+            raise CheckpointError(f"{file} has {format_bytes(file.stat().st_size)}, too much for what it is")
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{file} is not UTF-8 text; get it again") from None
 
 
 def _merged(

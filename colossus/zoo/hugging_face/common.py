@@ -4,8 +4,13 @@ from typing import Any
 
 from colossus.errors import ConfigError
 from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec, RopeSpec
-from colossus.zoo.hugging_face.fields import Fields
+from colossus.zoo.hugging_face.fields import Fields, shown
 from colossus.zoo.hugging_face.rope import Yarn, write_rope
+
+
+class OtherParts(ConfigError):
+    """A model is made of other parts than an architecture's, so that it is not worth naming what differs."""
+
 
 # --- reading ---
 
@@ -44,7 +49,7 @@ def no_window(fields: Fields) -> None:
     for kind in layer_types(fields) or ():
         if kind != "full_attention":
             raise ConfigError(
-                f"layer_types has {kind!r}; Colossus reads this architecture with full attention only"
+                f"layer_types has {shown(kind)}; Colossus reads this architecture with full attention only"
             )
 
 
@@ -76,21 +81,21 @@ def experts(fields: Fields, key: str, top_k_default: int | None = None) -> tuple
 def grouped(model: ModelSpec) -> AttentionSpec:
     """The attention of an architecture that has heads of keys and values."""
     if not isinstance(model.attention, AttentionSpec):
-        raise ConfigError("attention.kind is 'latent', which only DeepSeek's architecture has")
+        raise OtherParts("attention.kind is 'latent', which only DeepSeek's architecture has")
     return model.attention
 
 
 def dense(model: ModelSpec) -> MlpSpec:
     """The feed-forward part of an architecture without experts."""
     if not isinstance(model.mlp, MlpSpec):
-        raise ConfigError("mlp.kind is 'moe', which this architecture does not have")
+        raise OtherParts("mlp.kind is 'moe', which this architecture does not have")
     return model.mlp
 
 
 def moe(model: ModelSpec) -> MoeSpec:
     """The feed-forward part of an architecture with experts."""
     if not isinstance(model.mlp, MoeSpec):
-        raise ConfigError("mlp.kind is 'dense'; this architecture has experts")
+        raise OtherParts("mlp.kind is 'dense'; this architecture has experts")
     return model.mlp
 
 

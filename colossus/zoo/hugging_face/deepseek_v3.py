@@ -20,7 +20,7 @@ from colossus.spec.model import (
     SharedMlpSpec,
 )
 from colossus.zoo.hugging_face.architecture import Architecture
-from colossus.zoo.hugging_face.common import decoder_fields, experts, moe
+from colossus.zoo.hugging_face.common import OtherParts, decoder_fields, experts, moe
 from colossus.zoo.hugging_face.fields import MAX_SIZE, Fields
 from colossus.zoo.hugging_face.rope import read_rope, write_rope
 from colossus.zoo.hugging_face.tables import EXPERTS, MLP, PRE_NORMS, Row, decoder, row
@@ -127,7 +127,7 @@ def _first_layers(fields: Fields) -> FirstLayers | None:
 def _write(model: ModelSpec) -> dict[str, Any]:
     attention, mlp, first = model.attention, moe(model), model.first_layers
     if not isinstance(attention, LatentAttentionSpec):
-        raise ConfigError("attention.kind is 'grouped'; this architecture has latent attention")
+        raise OtherParts("attention.kind is 'grouped'; this architecture has latent attention")
     if mlp.shared is None or mlp.shared.intermediate_size % mlp.intermediate_size:
         raise ConfigError(
             "mlp.shared must be a whole number of shared experts, of mlp.intermediate_size each"

@@ -41,7 +41,7 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.wrong(key, "a whole number of at least 1")
         if value > (limit := MAX_SIZES.get(key, MAX_SIZE)):
-            raise ConfigError(f"{self.where}{key} is {_shown(value)}; more than {limit:,} is no model's")
+            raise ConfigError(f"{self.where}{key} is {shown(value)}; more than {limit:,} is no model's")
         return value
 
     def count(self, key: str, default: int = 0) -> int:
@@ -98,15 +98,15 @@ class Fields:
         value = self.values.get(key, default)
         if value is None or any(type(value) is type(one) and value == one for one in allowed):
             return
-        known = " or ".join(_shown(one) for one in allowed)
-        raise ConfigError(f"{self.where}{key} is {_shown(value)}; Colossus can read {known} there")
+        known = " or ".join(shown(one) for one in allowed)
+        raise ConfigError(f"{self.where}{key} is {shown(value)}; Colossus can read {known} there")
 
     def wrong(self, key: str, wanted: str) -> ConfigError:
         """The error of a field that is not what it must be."""
         value = self.values.get(key)
         if value is None:
             return ConfigError(f"{self.where}{key} is missing; it must be {wanted}")
-        return ConfigError(f"{self.where}{key} is {_shown(value)}; it must be {wanted}")
+        return ConfigError(f"{self.where}{key} is {shown(value)}; it must be {wanted}")
 
     def _value(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
@@ -120,7 +120,7 @@ def _finite(value: float) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """As JSON writes it, shortened."""
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from colossus.errors import ConfigError, did_you_mean
 from colossus.spec.model import ModelSpec
 from colossus.zoo.hugging_face.architecture import Architecture
+from colossus.zoo.hugging_face.common import OtherParts
 from colossus.zoo.hugging_face.deepseek_v3 import DEEPSEEK_V3
-from colossus.zoo.hugging_face.fields import Fields
+from colossus.zoo.hugging_face.fields import Fields, shown
 from colossus.zoo.hugging_face.gpt2 import GPT2
 from colossus.zoo.hugging_face.gpt_oss import GPT_OSS
 from colossus.zoo.hugging_face.grok import GROK_1, GROK_2, is_grok_2
@@ -55,7 +56,8 @@ def architecture_of(model: ModelSpec) -> Architecture:
         try:
             read_back = model_of(architecture.write(rest), model.name)
         except ConfigError as error:
-            nearest.append((50, architecture, f"there, {str(error).removeprefix(f'{architecture.name}: ')}"))
+            why = str(error).removeprefix(f"{architecture.name}: ")
+            nearest.append((99 if isinstance(error, OtherParts) else 9, architecture, f"there, {why}"))
             continue
         lacking = [_difference(*one) for one in _differences(_comparable(rest), _comparable(read_back))]
         if not lacking and not unheld:
@@ -95,7 +97,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return str(value.get("kind", "some"))
+        return str(value.get("kind", "set"))
     return repr(value)
 
 
@@ -112,12 +114,12 @@ def architecture_in(config: Mapping[str, Any]) -> Architecture:
             return found[0]
         known = sorted({one.model_type for one in ARCHITECTURES})
         raise ConfigError(
-            f"model_type is {model_type!r}, unknown to Colossus.{did_you_mean(model_type, known)}"
+            f"model_type is {shown(model_type)}, unknown to Colossus.{did_you_mean(model_type[:60], known)}"
         )
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ConfigError(
             f"not a model's config.json: architectures must be a list of one name, like "
-            f'["LlamaForCausalLM"], and is {str(named)[:60]}'
+            f'["LlamaForCausalLM"], and is {shown(named)}'
         )
     if named[0] in UNREADABLE:
         raise ConfigError(f"Colossus does not read {named[0]}: {UNREADABLE[named[0]]}")
@@ -127,7 +129,7 @@ def architecture_in(config: Mapping[str, Any]) -> Architecture:
     if not found:
         known = sorted({one.name for one in ARCHITECTURES})
         raise ConfigError(
-            f"the architecture is {named[0][:60]!r}, unknown to Colossus.{did_you_mean(named[0], known)}"
+            f"the architecture is {shown(named[0])}, unknown to Colossus.{did_you_mean(named[0][:60], known)}"
         )
     return found[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 from colossus.errors import ConfigError
 from colossus.spec.model import AttentionSpec, LayerNormSpec, MlpSpec, ModelSpec
 from colossus.zoo.hugging_face.architecture import NO_WEIGHTS, Architecture
-from colossus.zoo.hugging_face.common import dense
+from colossus.zoo.hugging_face.common import dense, grouped
 from colossus.zoo.hugging_face.fields import Fields
 from colossus.zoo.hugging_face.tables import Row, decoder, row
 from colossus.zoo.hugging_face.tensors import StoredTensor
@@ -80,7 +80,7 @@ def _write(model: ModelSpec) -> dict[str, Any]:
         "n_ctx": model.context_tokens,
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,
-        "n_head": model.attention.num_heads,
+        "n_head": grouped(model).num_heads,
         "n_inner": dense(model).intermediate_size,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": model.norm.epsilon,

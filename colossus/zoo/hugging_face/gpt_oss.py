@@ -27,7 +27,7 @@ from colossus.zoo.hugging_face.common import (
     layer_types,
     moe,
 )
-from colossus.zoo.hugging_face.fields import Fields
+from colossus.zoo.hugging_face.fields import Fields, shown
 from colossus.zoo.hugging_face.rope import read_rope
 from colossus.zoo.hugging_face.tables import ATTENTION, PRE_NORMS, Row, decoder, row
 from colossus.zoo.hugging_face.tensors import StoredTensor
@@ -103,7 +103,7 @@ def _window(fields: Fields) -> WindowSpec | None:
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
         raise ConfigError(
-            f"layer_types has {min(unknown)!r}; Colossus knows sliding_attention and full_attention"
+            f"layer_types has {shown(min(unknown))}; Colossus knows sliding_attention and full_attention"
         )
     if "sliding_attention" not in kinds:
         return None

@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from colossus.errors import ConfigError
-from colossus.spec.model import AttentionSpec, ModelSpec, MoeSpec, NormSpec, RouterSpec, SharedMlpSpec
+from colossus.spec.model import (
+    AttentionSpec,
+    ModelSpec,
+    MoeSpec,
+    NormSpec,
+    RopeSpec,
+    RouterSpec,
+    SharedMlpSpec,
+)
 from colossus.zoo.hugging_face.architecture import Architecture
 from colossus.zoo.hugging_face.common import (
     attention_fields,
@@ -64,7 +72,7 @@ def _read_1(fields: Fields, name: str) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=size,
-        rope=read_rope(fields),
+        rope=_rope(fields),
         score_soft_cap=cap,
     )
     return _model(fields, name, attention, mlp, tied=True)
@@ -92,15 +100,23 @@ def _read_2(fields: Fields, name: str) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=fields.integer("head_dim", 128),
-        rope=read_rope(_unstretched(fields)),
+        rope=_rope(fields),
         score_soft_cap=fields.cap("attn_logit_softcapping"),
         score_temperature_tokens=temperature_tokens or None,
     )
     return _model(fields, name, attention, mlp, tied=False)
 
 
+def _rope(fields: Fields) -> RopeSpec:
+    """Never stretched: of the ways that `rope_type`, at the top, may name, `original` leaves rotations as they are,
+    whatever `scaling_factor` says beside it, and of the others servers differ."""
+    rope = read_rope(_unstretched(fields))
+    if rope.scaling is not None:
+        raise ConfigError(f"rope_scaling is {rope.scaling.kind!r}; Colossus reads Groks without any")
+    return rope
+
+
 def _unstretched(fields: Fields) -> Fields:
-    """`rope_type` stands at the top; `original` stretches nothing, whatever `scaling_factor` says beside it."""
     fields.only("rope_type", "original", "default")
     table = fields.table("rope_parameters")
     if table is None or table.values.get("rope_type") != "original":

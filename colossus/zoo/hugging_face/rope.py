@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from colossus.errors import ConfigError
 from colossus.spec.positions import Llama3Scaling, RopeSpec, YarnScaling
-from colossus.zoo.hugging_face.fields import Fields
+from colossus.zoo.hugging_face.fields import Fields, shown
 
 Yarn = Literal["rotations", "scores"]
 """Where an architecture applies YaRN's magnitude. `rotations`: queries and keys are multiplied by it, each, as
@@ -20,7 +20,10 @@ def read_rope(fields: Fields, yarn: Yarn = "rotations", default_base: float = 10
     table = _table(fields)
     if table is None:
         return RopeSpec(base=_base(fields, default_base))
-    base = _base(table, _base(fields, default_base))
+    outside = _base(fields, default_base)
+    base = _base(table, outside)
+    if base != outside and fields.has("rope_theta"):
+        raise ConfigError(f"{table.where}rope_theta is {base:g}, but rope_theta outside it is {outside:g}")
     _whole_heads(table)
     _whole_heads(fields)
     kind = table.text("rope_type", table.text("type", "default"))
@@ -31,7 +34,7 @@ def read_rope(fields: Fields, yarn: Yarn = "rotations", default_base: float = 10
     if kind == "yarn":
         return RopeSpec(base=base, scaling=_yarn(table, fields, yarn))
     raise ConfigError(
-        f"{table.where}rope_type is {kind!r}; Colossus stretches rotary positions by 'llama3' and 'yarn', or not "
+        f"{table.where}rope_type is {shown(kind)}; Colossus stretches rotary positions by 'llama3' and 'yarn', or not "
         f"at all ('default')"
     )
 
@@ -59,7 +62,7 @@ def _table(fields: Fields) -> Fields | None:
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"rope_parameters.{key} is {new.values[key]!r}, but rope_scaling.{key} is {old.values[key]!r}; "
+            f"rope_parameters.{key} is {shown(new.values[key])}, but rope_scaling.{key} is {shown(old.values[key])}; "
             f"they must agree, or one of the two tables must go"
         )
     return Fields({**old.values, **new.values}, new.where)
@@ -75,7 +78,7 @@ def _base(fields: Fields, default: float) -> float:
 def _whole_heads(fields: Fields) -> None:
     if fields.number("partial_rotary_factor", 1.0) != 1:
         raise ConfigError(
-            f"{fields.where}partial_rotary_factor is {fields.values['partial_rotary_factor']!r}; "
+            f"{fields.where}partial_rotary_factor is {shown(fields.values['partial_rotary_factor'])}; "
             f"this architecture rotates whole heads, which is 1"
         )
 

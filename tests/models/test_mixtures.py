@@ -1,0 +1,168 @@
+"""Mixtures of experts: the experts' matmuls, their load, and who is chosen."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from colossus.models import moe
+from colossus.models.moe import Groups, choose, multiply_one_by_one
+from colossus.models.parts import GATED, PLAIN
+from colossus.spec.model import ModelSpec, MoeSpec, RouterGroups, RouterSpec
+from tests.helpers import VARIETIES, random_tokens, scrambled
+
+MIXTURES = {name: spec for name, spec in VARIETIES.items() if isinstance(spec.mlp, MoeSpec)}
+every_mixture = pytest.mark.parametrize("spec", MIXTURES.values(), ids=MIXTURES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "num_rows", [(3, 0, 5, 0, 2), (0, 0, 7, 1, 0), (0, 0, 0, 0, 9), (9, 0, 0, 0, 0), (2, 2, 2, 2, 2)]
+)
+def test_a_grouped_matmul_is_a_loop_over_experts(num_rows: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also where experts have no rows at all, whose weights then have a gradient of zero."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(num_rows), 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(5, 24, 16, generator=generator).to(dtype).requires_grad_()
+    ends = torch.tensor(num_rows).cumsum(0).int()
+    experts = torch.arange(5).repeat_interleave(torch.tensor(num_rows))
+    assert moe._can_group(x, weight)
+    towards = torch.randn(sum(num_rows), 24, generator=generator).to(dtype)
+    expected = torch.stack(
+        [weight[expert].double() @ row.double() for row, expert in zip(x, experts, strict=True)]
+    )
+    expected_gradients = torch.autograd.grad(expected, (x, weight), towards.double())
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 2e-2}
+    for made in (Groups(experts, ends).multiply(x, weight), multiply_one_by_one(x, weight, ends)):
+        torch.testing.assert_close(made, expected.to(dtype), **tolerance)
+        for ours, theirs in zip(
+            torch.autograd.grad(made, (x, weight), towards), expected_gradients, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs.to(dtype), **tolerance)
+
+
+@every_mixture
+def test_both_ways_of_multiplying_give_the_same_model(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec.model_copy(update={"hidden_size": 16})
+    model, tokens = scrambled(spec), random_tokens(spec, 2, 16)
+    results = []
+    for group in (True, False):
+        used: list[bool] = []
+
+        def can_group(*_: Tensor, group: bool = group, used: list[bool] = used) -> bool:
+            used.append(group)
+            return group
+
+        monkeypatch.setattr(moe, "_can_group", can_group)
+        model.zero_grad()
+        hidden = model(tokens)
+        hidden.square().sum().backward()
+        assert used
+        results.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+@every_mixture
+def test_load_counts_the_tokens_of_each_expert(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = scrambled(spec), []
+
+    def recorded(*args: object) -> tuple[Tensor, Tensor]:
+        chosen, weights = choose(*args)
+        seen.append(chosen)
+        return chosen, weights
+
+    monkeypatch.setattr(moe, "choose", recorded)
+    mixtures = [layer.mlp for layer in model.layers if layer.is_mixture]
+    with torch.no_grad():
+        model(random_tokens(spec, 2, 9))
+    assert all(torch.all(mixture.load == 0) for mixture in mixtures)  # no training pass: nothing counts
+    seen.clear()
+    for seed in (1, 2):  # two micro-batches of one step
+        model(random_tokens(spec, 2, 9, seed=seed)).sum().backward()
+    for number, mixture in enumerate(mixtures):
+        given = torch.cat(seen[number :: len(mixtures)]).flatten().tolist()
+        assert len(given) == 2 * 2 * 9 * spec.mlp.top_k
+        assert mixture.load.tolist() == [given.count(expert) for expert in range(spec.mlp.num_experts)]
+        mixture.reset_buffers()
+        assert torch.all(mixture.load == 0)
+
+
+def spec_of(num_experts: int, top_k: int, **router: object) -> MoeSpec:
+    return MoeSpec(num_experts=num_experts, top_k=top_k, intermediate_size=8, router=RouterSpec(**router))
+
+
+def test_a_balancing_bias_moves_the_choice_and_not_the_weights() -> None:
+    scores = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
+    balance = torch.tensor([0.0, -1.0, 1.0, 0.0])
+    spec = spec_of(4, 2, scoring="sigmoid", balancing_bias=True, weight_multiplier=2.5)
+    chosen, weights = choose(scores, balance, spec)
+    assert chosen.tolist() == [[2, 0]]
+    torch.testing.assert_close(weights, torch.tensor([[0.1, 0.9]]) * 2.5)
+
+
+def test_groups_with_a_balancing_bias_are_as_good_as_their_two_best() -> None:
+    scores = torch.tensor([[0.9, 0.1, 0.6, 0.7, 0.2, 0.3]])  # the best alone; the best two; none
+    groups = RouterGroups(num_groups=3, top_groups=1)
+    without, _ = choose(scores, None, spec_of(6, 2, groups=groups))
+    balanced, _ = choose(scores, torch.zeros(6), spec_of(6, 2, groups=groups, balancing_bias=True))
+    assert without.tolist() == [[0, 1]]
+    assert balanced.tolist() == [[3, 2]]
+
+
+def test_no_expert_outside_of_the_best_groups_is_chosen_however_low_the_rest() -> None:
+    scores, balance = torch.full((1, 4), 0.5), torch.tensor([-3.0, -2.0, -5.0, -4.0])
+    spec = spec_of(4, 2, balancing_bias=True, groups=RouterGroups(num_groups=2, top_groups=1))
+    assert choose(scores, balance, spec)[0].tolist() == [[1, 0]]
+
+
+SIZES = torch.linspace(-12, 12, 97, dtype=torch.float64)
+
+
+def on_paper(name: str, gate: float, up: float) -> float:
+    def gelu(x: float) -> float:
+        return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    match name:
+        case "gelu":
+            return gelu(up)
+        case "squared_relu":
+            return max(up, 0.0) ** 2
+        case "geglu":
+            return gelu(gate) * up
+        case "swiglu":
+            return gate / (1 + math.exp(-gate)) * up
+    gate, up = min(gate, 7.0), min(max(up, -7.0), 7.0)
+    return gate / (1 + math.exp(-1.702 * gate)) * (up + 1)
+
+
+@pytest.mark.parametrize("name", [*GATED, *PLAIN])
+def test_activations_and_their_slopes_are_those_on_paper(name: str) -> None:
+    """Far out too, where clamped_swiglu is cut off. Slopes against differences."""
+    gate, up = (x.flatten().clone().requires_grad_() for x in torch.meshgrid(SIZES, SIZES, indexing="ij"))
+    made = GATED[name](gate, up) if name in GATED else PLAIN[name](up)
+    pairs = list(zip(gate.tolist(), up.tolist(), strict=True))
+    expected = torch.tensor([on_paper(name, g, u) for g, u in pairs], dtype=torch.float64)
+    torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)
+    leaves = (gate, up) if name in GATED else (up,)
+    step = 1e-6
+    for leaf, slopes in zip(leaves, torch.autograd.grad(made.sum(), leaves), strict=True):
+        ahead, behind = (
+            torch.tensor(
+                [
+                    on_paper(name, g + (move if leaf is gate else 0), u + (move if leaf is up else 0))
+                    for g, u in pairs
+                ],
+                dtype=torch.float64,
+            )
+            for move in (step, -step)
+        )
+        at_a_corner = (
+            (leaf.detach().abs() == 7) if name == "clamped_swiglu" else torch.zeros(len(pairs)).bool()
+        )
+        smooth = ~at_a_corner
+        difference = (ahead - behind) / (2 * step)
+        torch.testing.assert_close(slopes[smooth], difference[smooth], rtol=1e-6, atol=1e-6)
