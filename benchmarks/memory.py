@@ -15,13 +15,29 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from colossus.spec.config import to_toml
 from colossus.spec.data import DataConfig, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
-from colossus.spec.model import Activation, AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramSpec, RecallSpec
+from colossus.spec.model import (
+    Activation,
+    AttentionSpec,
+    Dtype,
+    FirstLayers,
+    LatentAttentionSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    NgramSpec,
+    RecallSpec,
+    RouterGroups,
+    RouterSpec,
+    SharedMlpSpec,
+    WindowSpec,
+)
 from colossus.spec.rank import Memory
 from colossus.spec.run import AdamW, Batch, Fixed, Muon, RunConfig
 from colossus.units import format_bytes
@@ -70,6 +86,58 @@ def configuration(
     )
 
 
+def family(
+    name: str, dtype: Dtype, optimizer: AdamW | Muon, *, sequences: int = 8, tokens: int = 256, **parts: Any
+) -> RunConfig:
+    """Four layers of width 256 of one of the zoo's families."""
+    whole = {"name": name, "vocab_size": 2048, "context_tokens": tokens, "num_layers": 4, "hidden_size": 256}
+    return RunConfig(
+        name=name,
+        model=ModelSpec(**{**whole, **parts}),
+        batch=Batch(sequences=sequences, sequence_tokens=tokens),
+        data=TEXT,
+        optimizer=optimizer,
+        fixed=Fixed(dtype=dtype, compile=False),
+    )
+
+
+GROUPED = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=32)
+LLAMA = {"attention": GROUPED, "mlp": MlpSpec(intermediate_size=704)}
+GROK = {
+    "attention": GROUPED.model_copy(update={"score_soft_cap": 30.0}),
+    "mlp": MoeSpec(num_experts=8, top_k=2, intermediate_size=512, activation="geglu"),
+    "norm_placement": "sandwich",
+    "logit_soft_cap": 30.0,
+}
+GPT_OSS = {
+    "attention": GROUPED.model_copy(
+        update={"sinks": True, "bias": "all", "window": WindowSpec(tokens=64, full_every=2)}
+    ),
+    "mlp": MoeSpec(
+        num_experts=8,
+        top_k=2,
+        intermediate_size=256,
+        activation="clamped_swiglu",
+        bias=True,
+        router=RouterSpec(bias=True),
+    ),
+}
+DEEPSEEK = {
+    "attention": LatentAttentionSpec(
+        num_heads=8, q_lora_rank=96, kv_lora_rank=64, nope_head_dim=32, rope_head_dim=16, value_head_dim=32
+    ),
+    "first_layers": FirstLayers(num_layers=1, mlp=MlpSpec(intermediate_size=704)),
+    "mlp": MoeSpec(
+        num_experts=16,
+        top_k=4,
+        intermediate_size=176,
+        shared=SharedMlpSpec(intermediate_size=176),
+        router=RouterSpec(
+            scoring="sigmoid", balancing_bias=True, groups=RouterGroups(num_groups=4, top_groups=2)
+        ),
+    ),
+}
+
 CONFIGURATIONS = [
     *(recipe() for recipe in RECIPES.values()),
     configuration("small", 2, 128, 1024, 8, 256, "bfloat16", Muon(), activation="squared_relu"),
@@ -84,6 +152,13 @@ CONFIGURATIONS = [
     configuration(
         "wide-bf16", 4, 512, 8192, 2, 128, "bfloat16", Muon(), activation="squared_relu", tables=True
     ),
+    family("llama", "float32", AdamW(), **LLAMA),
+    family("grok", "float32", AdamW(), **GROK),
+    family("grok-long", "float32", AdamW(), sequences=2, tokens=1024, **GROK),
+    family("gpt-oss-bf16", "bfloat16", AdamW(), **GPT_OSS),
+    family("deepseek", "float32", AdamW(), **DEEPSEEK),
+    family("deepseek-bf16", "bfloat16", Muon(), **DEEPSEEK),
+    family("deepseek-long", "float32", AdamW(), sequences=2, tokens=1024, **DEEPSEEK),
 ]
 
 

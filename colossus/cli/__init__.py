@@ -6,7 +6,22 @@ import sys
 
 import typer
 
-from colossus.cli import calibrate, data, fleet, generate, models, plan, recipes, runs, train, validate
+from colossus.cli import (
+    calibrate,
+    data,
+    evaluate,
+    export,
+    fleet,
+    generate,
+    import_,
+    models,
+    plan,
+    recipes,
+    runs,
+    train,
+    upcycle,
+    validate,
+)
 from colossus.cli.group import Group
 from colossus.errors import ColossusError, ConfigError
 
@@ -26,6 +41,10 @@ app.command("compare", epilog=plan.COMPARE_EPILOG)(plan.compare)
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
+app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command("export", epilog=export.EPILOG)(export.export)
+app.command("import", epilog=import_.EPILOG)(import_.import_)
+app.command("upcycle", epilog=upcycle.EPILOG)(upcycle.upcycle)
 app.add_typer(runs.app, name="runs")
 app.command("recipes")(recipes.recipes)
 app.add_typer(models.app, name="models")

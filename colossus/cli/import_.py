@@ -73,8 +73,8 @@ def import_(
         *budget,
         *(settings or []),
     ]
+    from colossus.checkpoint.continued import continued, with_warmup
     from colossus.checkpoint.hugging_face import import_run, open_directory
-    from colossus.checkpoint.hugging_face.continued import continued, with_warmup
     from colossus.checkpoint.hugging_face.hub import find_directory
     from colossus.data import RichProgress
     from colossus.observe.run_directory import check_name

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import random
 import socket
 import sys
 import urllib.parse
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from colossus.data import Progress, SilentProgress
 from colossus.errors import ColossusError, ConfigError, HubUnavailable, did_you_mean
@@ -83,25 +86,28 @@ def run_tasks(
     task does not forbid it. seed: of the examples' choice, as in lm-eval. Raises ConfigError for what goes wrong in a
     task's own code or templates.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
+    from lm_eval.tasks import TaskManager
 
     progress = progress or SilentProgress()
     progress.stage("making requests", None)
+    loaded = TaskManager(include_defaults=False).load(list(tasks))
+    for task in loaded["tasks"].values():
+        usual = task.get_config("num_fewshot")
+        if usual is None or (num_fewshot is not None and usual != 0):
+            task.set_config("num_fewshot", num_fewshot or 0)
+        task.set_fewshot_seed(seed=seed)
+    random.seed(seed)
+    np.random.seed(seed)
     try:
         with _quiet():
-            results = simple_evaluate(
+            results = evaluate(
                 model,
-                tasks=list(tasks),
+                loaded,
                 limit=limit,
-                num_fewshot=num_fewshot,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
                 log_samples=False,
-                random_seed=0,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-                task_manager=_NoManager(),
             )
     except ColossusError:
         raise
@@ -110,17 +116,6 @@ def run_tasks(
             raise  # ours, not the task's
         raise ConfigError(f"lm-eval could not run {_names(tasks)}: {_first_line(error)}") from error
     return _metrics(results)
-
-
-class _NoManager:
-    """Stands in for lm-eval's manager, which would search all its folders again for tasks that are loaded already."""
-
-    all_tasks: tuple[str, ...] = ()
-
-    def load(self, tasks: Sequence[Any]) -> Any:
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_defaults=False).load(list(tasks))
 
 
 def _is_path(name: str) -> bool:

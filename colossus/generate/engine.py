@@ -74,7 +74,7 @@ class Engine:
         self._uncache(row)
         self._rows.remove(row)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[Written]:
         """One more token of every row."""
         for row in list(self._rows):

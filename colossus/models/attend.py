@@ -62,7 +62,8 @@ def attend(
     plain = soft_cap is None and temperatures is None and sinks is None
     long = key.shape[2] > EXPLICIT_ATTENTION_MAX_TOKENS
     on_cpu, width = query.device.type == "cpu", value.shape[-1]
-    if plain and (not on_cpu or (long and width <= query.shape[-1])):
+    single = bias is None and width == query.shape[-1]
+    if plain and (not on_cpu or single or (long and width <= query.shape[-1])):
         if on_cpu and width < query.shape[-1] and query.shape[2] > 1:
             # The fused kernel of a CPU wants values as wide as keys: without it all scores would stand in memory.
             value = F.pad(value, (0, query.shape[-1] - width))

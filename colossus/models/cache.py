@@ -42,11 +42,11 @@ class Cache:
         self._place = Place(tuple(self.lengths), tokens.shape[1], tokens.device)
         self.lengths = [length + tokens.shape[1] for length in self.lengths]
         self._make_room(rows, self._place.end)
-        self._place.put(tokens, self.tokens[:rows])
+        self._place.put(tokens, self.tokens[:rows], 1)
         if documents is not None or self.has_documents:
             self.has_documents = True
             new = torch.zeros_like(tokens) if documents is None else documents
-            self._place.put(new, self.documents[:rows])
+            self._place.put(new, self.documents[:rows], 1)
         return self.tokens[:rows, : self._place.end], self.documents[:rows, : self._place.end]
 
     def shorten(self, lengths: Sequence[int]) -> None:
@@ -94,13 +94,13 @@ class Place:
         self.is_next_of_all = self._together is not None and num_new == 1
         """Whether these are single tokens of equally long rows."""
 
-    def put(self, new: Tensor, into: Tensor) -> None:
-        """new: (num_rows, new, …) into (num_rows, room, …)."""
+    def put(self, new: Tensor, into: Tensor, dim: int) -> None:
+        """new: (num_rows, …, new, …) into (num_rows, …, room, …), tokens in `dim`."""
         if self._together is not None:
-            into[:, self._together] = new
+            into.narrow(dim, self._together.start, new.shape[dim]).copy_(new)
         else:
             rows = torch.arange(into.shape[0], device=into.device)[:, None]
-            into[rows, self.index] = new
+            into.transpose(1, dim)[rows, self.index] = new.transpose(1, dim)
 
 
 class LayerCache:
@@ -116,8 +116,9 @@ class LayerCache:
         self._make_room(new, rows, place.end)
         seen = []
         for kept, tensor in zip(self.tensors, new, strict=True):
-            place.put(tensor.transpose(1, 2), kept[:rows].transpose(1, 2))
-            seen.append(kept[:rows, :, : place.end])
+            used = kept if kept.shape[0] == rows else kept[:rows]
+            place.put(tensor, used, 2)
+            seen.append(used.narrow(2, 0, place.end))
         return tuple(seen)
 
     def put_rows(self, source: "LayerCache", rows: slice, num_tokens: int) -> None:
@@ -131,7 +132,8 @@ class LayerCache:
             self.tensors = tuple(
                 tensor.new_zeros(num_rows, tensor.shape[1], _FIRST_TOKENS, tensor.shape[3]) for tensor in like
             )
-        self.tensors = tuple(_with_room(kept, num_rows, num_tokens, 2) for kept in self.tensors)
+        if num_rows > self.tensors[0].shape[0] or num_tokens > self.tensors[0].shape[2]:
+            self.tensors = tuple(_with_room(kept, num_rows, num_tokens, 2) for kept in self.tensors)
 
 
 def _with_room(kept: Tensor, num_rows: int, num_tokens: int, dim: int) -> Tensor:

@@ -69,7 +69,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = _cast(self.weight, x.dtype)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and torch.is_grad_enabled():
             return _RmsNorm.apply(x, weight, self.epsilon)
         return F.rms_norm(x, x.shape[-1:], weight, self.epsilon)
 
@@ -171,7 +171,7 @@ class _ClampedSwiglu(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _Swiglu.apply(gate, up)
+    return _Swiglu.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -44,10 +44,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """x: (rows, tokens, heads, head_dim). Its first channels turn, as many as the rotation has."""
     cosines, sines = rotation
     num_channels = cosines.shape[-1]
-    turning, rest = x[..., :num_channels], x[..., num_channels:]
-    first, second = turning.chunk(2, -1)
-    turned = turning * cosines + torch.cat([second, first], -1) * sines
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+    all_turn = num_channels == x.shape[-1]
+    turning = x if all_turn else x[..., :num_channels]
+    turned = turning * cosines + turning.roll(num_channels // 2, -1) * sines
+    return turned if all_turn else torch.cat([turned, x[..., num_channels:]], -1)
 
 
 def frequencies(spec: RopeSpec, num_channels: int) -> Tensor:

@@ -46,7 +46,7 @@ def deepseek_v3() -> ModelSpec:
     return ModelSpec(
         name="deepseek-v3",
         vocab_size=129_280,
-        context_tokens=131_072,
+        context_tokens=163_840,
         num_layers=61,
         hidden_size=7168,
         attention=_attention(
@@ -76,7 +76,7 @@ def kimi_k2() -> ModelSpec:
 ENTRIES = {
     "deepseek-v3": Entry(
         "DeepSeek",
-        "deepseek-ai/DeepSeek-V3 inference/configs; arXiv:2412.19437; router and RoPE scaling: recall",
+        "deepseek-ai/DeepSeek-V3 inference/configs; arXiv:2412.19437; router, RoPE scaling and context: recall",
         deepseek_v3,
     ),
     "kimi-k2": Entry(

@@ -1,4 +1,5 @@
-"""Qwen3, dense and mixtures of experts: Llama's parts, and weighted norms of each head's queries and keys."""
+"""Qwen2.5: Llama's parts, and biases of queries, keys and values. Qwen3, dense and mixtures of experts: weighted norms
+of each head's queries and keys instead."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +8,7 @@ from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec, Rope
 from colossus.zoo.entry import Entry
 
 _SOURCE = "Lightning-AI/litgpt config.py"
+_SOURCE_2_5 = "Lightning-AI/litgpt config.py; tied embeddings: recall"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,4 +64,36 @@ def qwen3(name: str) -> ModelSpec:
     )
 
 
-ENTRIES = {name: Entry("Qwen", _SOURCE, partial(qwen3, name)) for name in SIZES}
+def qwen2_5_0_5b() -> ModelSpec:
+    return _qwen2_5("qwen2.5-0.5b", 151_936, 32_768, _Size(24, 896, 14, 2, _dense(4864), tied_embeddings=True))
+
+
+def qwen2_5_7b() -> ModelSpec:
+    return _qwen2_5("qwen2.5-7b", 152_064, 131_072, _Size(28, 3584, 28, 4, _dense(18_944)))
+
+
+def _qwen2_5(name: str, vocab_size: int, context_tokens: int, size: _Size) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        vocab_size=vocab_size,
+        context_tokens=context_tokens,
+        num_layers=size.num_layers,
+        hidden_size=size.hidden_size,
+        attention=AttentionSpec(
+            num_heads=size.num_heads,
+            num_kv_heads=size.num_kv_heads,
+            head_dim=size.hidden_size // size.num_heads,
+            rope=RopeSpec(base=1_000_000.0),
+            bias="qkv",
+        ),
+        mlp=size.mlp,
+        tied_embeddings=size.tied_embeddings,
+        zero_init_outputs=False,
+    )
+
+
+ENTRIES = {
+    "qwen2.5-0.5b": Entry("Qwen", _SOURCE_2_5, qwen2_5_0_5b),
+    "qwen2.5-7b": Entry("Qwen", _SOURCE_2_5, qwen2_5_7b),
+    **{name: Entry("Qwen", _SOURCE, partial(qwen3, name)) for name in SIZES},
+}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from colossus.checkpoint.continued import continued
 from colossus.checkpoint.hugging_face import export_run, import_run, open_directory, write_directory
-from colossus.checkpoint.hugging_face.continued import continued
 from colossus.checkpoint.payload import TensorType
 from colossus.checkpoint.save import save_streamed
 from colossus.observe.run_directory import RunDirectory

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from colossus.checkpoint import load
+from colossus.checkpoint.continued import continued, with_warmup
 from colossus.checkpoint.hugging_face import export_run, import_run, open_directory, write_directory
-from colossus.checkpoint.hugging_face.continued import continued, with_warmup
 from colossus.data import Tokenizer
 from colossus.errors import CheckpointError, ConfigError
 from colossus.spec.config import override
@@ -116,7 +116,7 @@ def test_a_run_goes_out_and_comes_in_as_the_same_weights(tmp_path: Path) -> None
     source = open_directory(tmp_path / "out", name="again")
     config = override(continued(source.model), ["budget=40 steps"])
     imported = import_run(source, with_warmup(config), runs_directory=tmp_path / "runs", name="again")
-    assert (imported.path / "imported_from.txt").read_text() == "out\n"
+    assert (imported.path / "started_from.txt").read_text() == "out\n"
     read_back = imported.config()
     assert read_back.plan is None
     assert read_back.schedule.warmup_steps == 4

@@ -33,7 +33,8 @@ def test_a_grouped_matmul_is_a_loop_over_experts(num_rows: tuple[int, ...], dtyp
         [weight[expert].double() @ row.double() for row, expert in zip(x, experts, strict=True)]
     )
     expected_gradients = torch.autograd.grad(expected, (x, weight), towards.double())
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 2e-2}
+    # A CPU's kernels may add up in bfloat16: of sums whose terms are about 1, up to nine or sixteen of them.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 6e-2}
     for made in (Groups(experts, ends).multiply(x, weight), multiply_one_by_one(x, weight, ends)):
         torch.testing.assert_close(made, expected.to(dtype), **tolerance)
         for ours, theirs in zip(

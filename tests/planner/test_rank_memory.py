@@ -1,6 +1,13 @@
-"""Memory per rank against formulas, published peaks, published out-of-memory verdicts, and what must hold always."""
+"""Memory per rank against formulas, published peaks, published out-of-memory verdicts, and what must hold always; and
+on the machine at hand, against what training takes."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +19,25 @@ from colossus.errors import ConfigError
 from colossus.planner.estimate.execution import RECOMPUTE, SHARDING, Execution
 from colossus.planner.estimate.memory import Held, MemoryParts, fits, memory_parts, overflow, usable_bytes
 from colossus.planner.estimate.shape import ModelShape
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec
+from colossus.planner.one_rank.memory import step_memory
+from colossus.planner.one_rank.plan import plan_one_rank
+from colossus.spec.config import to_toml
+from colossus.spec.data import DataConfig, Source, TrainedTokenizer
+from colossus.spec.duration import Duration
+from colossus.spec.model import (
+    AttentionSpec,
+    FirstLayers,
+    LatentAttentionSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    RouterGroups,
+    RouterSpec,
+    SharedMlpSpec,
+)
+from colossus.spec.rank import Machine
+from colossus.spec.run import AdamW, Batch, Fixed, Muon, RunConfig
+from tests.helpers import VARIETIES
 
 GIB = 2**30
 A100, H100 = 79.25 * GIB, 79.18 * GIB
@@ -237,3 +262,126 @@ def test_overflow_names_the_largest_parts() -> None:
 def test_unknown_stage_is_refused() -> None:
     with pytest.raises(ConfigError, match="no stage 'second'"):
         memory_parts(shape_of("llama3-8b"), execution(), stage="second")  # type: ignore[arg-type]
+
+
+# --- one rank, on the machine at hand ---
+
+
+def one_machine(memory_bytes: int = 2**60) -> Machine:
+    return Machine(
+        chip="a CPU", kind="cpu", num_threads=1, memory_bytes=memory_bytes, baseline_bytes=300 * 2**20,
+        matmul_flops={"float32": 1e11, "bfloat16": 2e11}, compiled_before=False,
+    )  # fmt: skip
+
+
+def training(model: ModelSpec, **changes: Any) -> RunConfig:
+    """Four sequences a step of a model that has a row for every token of its tokenizer."""
+    model = model.model_copy(update={"vocab_size": max(model.vocab_size, 512)})
+    parts: dict[str, Any] = {
+        "name": "run",
+        "model": model,
+        "data": DataConfig(tokenizer=TrainedTokenizer(vocab_size=512)),
+        "batch": Batch(sequences=4, sequence_tokens=min(model.context_tokens, 4096)),
+    }
+    return RunConfig(**{**parts, **changes})
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), Muon()], ids=["adamw", "muon"])
+@pytest.mark.parametrize("spec", VARIETIES.values(), ids=VARIETIES)
+def test_every_variety_gets_a_plan(spec: ModelSpec, optimizer: AdamW | Muon) -> None:
+    config = training(spec, optimizer=optimizer, batch=Batch(sequences=64, sequence_tokens=16))
+    plan = plan_one_rank(config, one_machine())
+    assert plan.micro_batch_sequences == 64
+    whole, half = (
+        step_memory(config, one_machine(), plan.dtype, n, plan.loss_chunk_tokens).total_bytes
+        for n in (64, 32)
+    )
+    assert half < whole
+    # 90 % of a machine may be filled: a little more than half the micro-batch needs lets that be taken, and no more.
+    plan = plan_one_rank(config, one_machine(int((half + 1000) / 0.9)))
+    assert (plan.micro_batch_sequences, plan.estimate.memory.total_bytes) == (32, half)
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_model_of_the_zoo_gets_a_plan_on_a_machine_that_is_large_enough(name: str) -> None:
+    config = training(zoo.find(name), optimizer=AdamW())
+    memory = plan_one_rank(config, one_machine()).estimate.memory
+    # Two moments of every weight; of sparse tables a number for each row; of balancing biases nothing.
+    expected = 0
+    for parameter in config.model.parameters():
+        per_weight = {"sparse_embedding": 0, "balance": 0}.get(parameter.role, 8)
+        expected += per_weight * parameter.num_elements
+        expected += 4 * parameter.shape[0] if parameter.role == "sparse_embedding" else 0
+    assert memory.optimizer_bytes == expected
+    # Weights and moments are there twice: a copy is written to the checkpoint.
+    assert memory.total_bytes > 2 * (4 * config.model.num_params() + expected)
+
+
+def small(name: str, **parts: Any) -> ModelSpec:
+    whole = {"name": name, "vocab_size": 2048, "context_tokens": 256, "num_layers": 4, "hidden_size": 256}
+    return ModelSpec(**{**whole, **parts})
+
+
+GROUPED = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=32)
+SMALL = {
+    "llama": small("llama", attention=GROUPED, mlp=MlpSpec(intermediate_size=704)),
+    "grok": small(
+        "grok",
+        attention=GROUPED.model_copy(update={"score_soft_cap": 30.0}),
+        mlp=MoeSpec(num_experts=8, top_k=2, intermediate_size=512, activation="geglu"),
+        norm_placement="sandwich",
+        logit_soft_cap=30.0,
+    ),
+    "deepseek": small(
+        "deepseek",
+        attention=LatentAttentionSpec(
+            num_heads=8,
+            q_lora_rank=96,
+            kv_lora_rank=64,
+            nope_head_dim=32,
+            rope_head_dim=16,
+            value_head_dim=32,
+        ),
+        first_layers=FirstLayers(num_layers=1, mlp=MlpSpec(intermediate_size=704)),
+        mlp=MoeSpec(
+            num_experts=16,
+            top_k=4,
+            intermediate_size=176,
+            shared=SharedMlpSpec(intermediate_size=176),
+            router=RouterSpec(
+                scoring="sigmoid", balancing_bias=True, groups=RouterGroups(num_groups=4, top_groups=2)
+            ),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_training_takes_is_what_was_predicted(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Three steps of `colossus train` in a process of its own, with a checkpoint: the peak of its resident memory."""
+    runs = tmp_path_factory.getbasetemp() / "memory"  # one corpus for all
+    runs.mkdir(exist_ok=True)
+    text = Path(json.__file__).parent
+    config = training(
+        SMALL[name],
+        name=name,
+        data=DataConfig(sources=(Source(path=str(text)),), tokenizer=TrainedTokenizer(vocab_size=512)),
+        batch=Batch(sequences=8, sequence_tokens=256),
+        budget=Duration.parse("3 steps"),
+        optimizer=AdamW(),
+        fixed=Fixed(dtype="float32", compile=False),
+    )
+    path = runs / f"{name}.toml"
+    path.write_text(to_toml(config))
+    command = ["train", str(path), "--runs", str(runs), "--json", "--no-sample", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "colossus.cli", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(zoo.__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["predicted_memory_bytes"] == pytest.approx(summary["peak_rss_bytes"], rel=0.15)

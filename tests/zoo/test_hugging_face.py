@@ -68,8 +68,7 @@ def test_models_that_no_architecture_holds(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_the_models_of_the_zoo(name: str) -> None:
     config, model = PUBLISHED[name], zoo.find(name)
-    context = config.get("max_position_embeddings", config.get("n_positions"))
-    assert model_of(config, name) == model.model_copy(update={"context_tokens": context})
+    assert model_of(config, name) == model
 
 
 @given(data=st.data(), name=st.sampled_from(sorted(MODELS)))
@@ -262,6 +261,17 @@ def test_names_that_other_files_have() -> None:
     assert not deepseek.ignored("model.layers.4.mlp.gate.weight", MODELS["deepseek-v3"])
 
 
+def test_windows_of_mistral() -> None:
+    """null is none, and no such field is the first release's, as in transformers."""
+    config = architecture_of(MODELS["mistral"]).write(MODELS["mistral"])
+    assert model_of(config, "small") == MODELS["mistral"]
+    none = model_of({**config, "sliding_window": None}, "small")
+    assert none == _changed(MODELS["mistral"], "attention", window=None)
+    assert architecture_of(none).name == "LlamaForCausalLM"  # of which it is one then
+    unsaid = {key: value for key, value in config.items() if key != "sliding_window"}
+    assert model_of(unsaid, "small").attention.window == WindowSpec(tokens=4096)
+
+
 # --- refusals ---
 
 
@@ -301,6 +311,8 @@ def test_absurd_and_contradicting_numbers() -> None:
 def test_what_a_model_spec_cannot_say() -> None:
     assert "hidden_act is 'gelu'" in _refused("llama", hidden_act="gelu")
     assert "use_sliding_window is true" in _refused("qwen3", use_sliding_window=True)
+    assert "use_sliding_window is true" in _refused("qwen2", use_sliding_window=True)
+    assert "sliding_window is 0; it must be a whole number" in _refused("mistral", sliding_window=0)
     assert "some layers are dense" in _refused("qwen3-moe", decoder_sparse_step=2)
     assert "some layers are dense" in _refused("qwen3-moe", mlp_only_layers=[0])
     assert "no regular order" in _refused(
@@ -357,7 +369,11 @@ def test_unknown_architectures() -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (_changed(MODELS["llama"], "attention", window=WindowSpec(tokens=4)), r"attention\.window = none"),
+        (
+            _changed(MODELS["llama"], "attention", window=WindowSpec(tokens=4, full_every=2)),
+            r"MistralForCausalLM.*window\.full_every = none \(here 2\)",
+        ),
+        (_changed(MODELS["qwen2"], "attention", window=WindowSpec(tokens=4)), r"attention\.window = none"),
         (
             _changed(MODELS["llama"], "attention", score_soft_cap=30.0),
             r"score_soft_cap = none \(here 30\.0\)",

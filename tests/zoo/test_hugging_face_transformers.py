@@ -48,6 +48,9 @@ def test_transformers_writes_exactly_our_tensors(name: str, tmp_path: Path) -> N
     [
         "gpt2-xl",
         "llama3.1-8b",
+        "mistral-7b",
+        "qwen2.5-0.5b",
+        "qwen2.5-7b",
         "qwen3-0.6b",
         "qwen3-30b-a3b",
         "olmo2-7b",

@@ -6,7 +6,7 @@ convert.py        our parameters ↔ stored tensors   (the tables are in zoo/hug
 read.py           a directory, looked through before it is read
 write.py          a model into a new directory      new_directory.py   ... whole or not at all
 export_run.py     a run's weights out, with card.py
-import_run.py     a run from a directory's weights, with the settings of continued.py; hub.py finds it
+import_run.py     a run from a directory's weights; hub.py finds it
 """
 
 from colossus.checkpoint.hugging_face.export_run import Exported, export_run

@@ -8,6 +8,7 @@ from colossus.checkpoint.hugging_face.card import model_card
 from colossus.checkpoint.hugging_face.new_directory import check_free
 from colossus.checkpoint.hugging_face.write import SHARD_BYTES, Written, write_directory
 from colossus.checkpoint.load import Loaded, Rejected, load, load_newest
+from colossus.checkpoint.new_run import ORIGIN_NAME
 from colossus.data.progress import Progress
 from colossus.errors import CheckpointError, RunError
 from colossus.observe.run_directory import RunDirectory
@@ -57,10 +58,6 @@ def export_run(
         progress=progress,
     )
     return Exported(written, loaded.step, rejected)
-
-
-ORIGIN_NAME = "imported_from.txt"
-"""In a run's directory: the model that it started from, for the card of what it becomes."""
 
 
 def _origin(run: RunDirectory) -> str | None:

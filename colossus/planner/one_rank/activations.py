@@ -104,12 +104,8 @@ def _sight(model: ModelSpec, shape: Shape) -> int:
     for layers with a window and for layers without."""
     attention, total = model.attention, 0
     if attention.rope is not None:
-        turned = (
-            attention.rope_head_dim if isinstance(attention, LatentAttentionSpec) else attention.head_dim
-        )
-        total += (
-            2 * shape.element * shape.sequence_tokens * int(attention.rope.rotated_fraction * turned)
-        )
+        turned = attention.rope_head_dim if isinstance(attention, LatentAttentionSpec) else attention.head_dim
+        total += 2 * shape.element * shape.sequence_tokens * int(attention.rope.rotated_fraction * turned)
     if isinstance(attention, AttentionSpec) and attention.score_temperature_tokens is not None:
         total += shape.values(1)
     if shape.short:

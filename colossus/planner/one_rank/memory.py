@@ -1,20 +1,36 @@
 """What one rank holds in memory at the peak of a training step, counted from the model's specification.
 
-What stays (weights, optimizer state, checkpoint copy) is counted exactly. What comes and goes is counted at the three
-moments that can be the peak, and the largest counts: as the backward pass begins, when all activations are there; as
-it ends, when all gradients are; and in the optimizer, which needs room of its own.
+What stays (weights, optimizer state, checkpoint copy) is counted exactly. What comes and goes is counted at the
+moments that can be the peak, and the largest counts: in the loss and as the backward pass begins, when all activations
+are there; as it ends, when all gradients are; and in the optimizer, which needs room of its own.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from colossus.spec.model import BYTES_PER_ELEMENT, Dtype, ModelSpec
+from colossus.planner.one_rank.activations import (
+    FLOAT32,
+    INT64,
+    Shape,
+    activation_bytes,
+    is_fused,
+    layer_activation_bytes,
+)
+from colossus.spec.model import (
+    BYTES_PER_ELEMENT,
+    AttentionSpec,
+    Dtype,
+    LatentAttentionSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+)
 from colossus.spec.rank import Machine, Memory
 from colossus.spec.run import Muon, RunConfig
 
-EXPLICIT_ATTENTION_MAX_TOKENS = 512
-"""Up to here a CPU keeps the probabilities of attention, from here on only what the fused kernel needs; as in
-models/attention.py."""
+BLOCK_QUERIES = 512
+"""Queries of one block, where long attention has no fused kernel; as in models/attend.py."""
 LIBRARY_BYTES = 24 * 2**20
 """Scratch memory that the matmul libraries take at their first large products and keep (measured: 17 to 33 MB)."""
 SAVING_BYTES = 8 * 2**20
@@ -59,39 +75,56 @@ class _Moment:
 
 def _moments(config: RunConfig, dtype: Dtype, micro_batch: int, chunk: int) -> Iterator[_Moment]:
     model, length = config.model, config.batch.sequence_tokens
-    tokens = micro_batch * length
-    activations = activation_bytes(model, micro_batch, length, dtype)
-    transient = _layer_transient_bytes(model, micro_batch, length, dtype)
-    gradients = 4 * sum(p.num_elements for p in model.parameters() if p.role != "sparse_embedding")
+    shape = Shape(micro_batch, length, dtype)
+    has_losses = config.routing.balance_loss > 0 or config.routing.z_loss > 0
+    activations = activation_bytes(model, micro_batch, length, dtype, router_losses=has_losses)
+    groups = model.layer_groups()
+    # The backward pass begins in the last layer and ends in the first.
+    first, last = groups[0].mlp, groups[-1].mlp
+    gradients = FLOAT32 * sum(
+        p.num_elements for p in model.parameters() if p.role not in ("sparse_embedding", "balance")
+    )
     lookups = (len(model.ngrams.orders) if model.ngrams else 0) + (1 if model.recall else 0)
     # A sparse gradient has a row and an index for each lookup, twice while equal rows are added up.
-    sparse = 2 * lookups * tokens * (4 * model.hidden_size + 8)
+    sparse = 2 * lookups * shape.tokens * (FLOAT32 * model.hidden_size + INT64)
     # Gradients of earlier micro-batches are all there while the next one is in its forward and backward pass.
     earlier = gradients + sparse if micro_batch < config.batch.sequences else 0
+    loss_gradients, loss_forward = _loss_bytes(config, shape, chunk)
+    yield _Moment(
+        gradient_bytes=earlier, activation_bytes=activations, loss_bytes=loss_gradients + loss_forward
+    )
     yield _Moment(
         gradient_bytes=earlier,
         activation_bytes=activations,
-        loss_bytes=_loss_bytes(model, tokens, chunk, dtype),
-        workspace_bytes=transient,
+        loss_bytes=loss_gradients,
+        workspace_bytes=_layer_transient_bytes(model, last, shape),
     )
     yield _Moment(
         gradient_bytes=max(gradients + sparse, earlier + sparse),
-        activation_bytes=activations // model.num_layers,
-        workspace_bytes=transient,
+        activation_bytes=layer_activation_bytes(model, first, shape, router_losses=has_losses),
+        workspace_bytes=_layer_transient_bytes(model, first, shape),
     )
     yield _Moment(gradient_bytes=gradients + sparse, workspace_bytes=_optimizer_work_bytes(config, dtype))
 
 
 def _buffer_bytes(model: ModelSpec) -> int:
-    """Every layer's table of rotations."""
-    per_layer = 2 * 4 * model.context_tokens * model.attention.head_dim
-    return model.num_layers * per_layer if model.attention.rope is not None else 0
+    """The frequencies of rotations, float64; and every mixture's count of its experts' tokens."""
+    attention, total = model.attention, 0
+    if attention.rope is not None:
+        turned = attention.rope_head_dim if isinstance(attention, LatentAttentionSpec) else attention.head_dim
+        total += 8 * (int(attention.rope.rotated_fraction * turned) // 2)
+    for group in model.layer_groups():
+        if isinstance(group.mlp, MoeSpec):
+            total += group.num_layers * FLOAT32 * group.mlp.num_experts
+    return total
 
 
 def _optimizer_bytes(config: RunConfig) -> int:
     """State of the optimizers: two moments of AdamW's, one of Muon's, a number per row of a sparse table."""
     total = 0
     for parameter in config.model.parameters():
+        if parameter.role == "balance":
+            continue  # moved by loads, which are no state
         if parameter.role == "sparse_embedding":
             total += 4 * parameter.shape[0]
         elif parameter.role == "matrix" and isinstance(config.optimizer, Muon):
@@ -102,7 +135,8 @@ def _optimizer_bytes(config: RunConfig) -> int:
 
 
 def _optimizer_work_bytes(config: RunConfig, dtype: Dtype) -> int:
-    """Muon takes all matrices of a shape together: their updates, two iterates in `dtype`, and two Gram matrices."""
+    """Muon takes all matrices of a shape together, every expert's among them: their updates, two iterates in `dtype`,
+    and two Gram matrices."""
     if not isinstance(config.optimizer, Muon):
         return 0
     counts: dict[tuple[int, ...], int] = {}
@@ -111,7 +145,8 @@ def _optimizer_work_bytes(config: RunConfig, dtype: Dtype) -> int:
             counts[parameter.shape] = counts.get(parameter.shape, 0) + 1
     element = BYTES_PER_ELEMENT[dtype]
     work = 0
-    for (rows, columns), count in counts.items():
+    for (*stack, rows, columns), num_parameters in counts.items():
+        count = num_parameters * math.prod(stack)
         updates = 4 * count * rows * columns
         iterates, grams = 2 * element * count * rows * columns, 2 * element * count * min(rows, columns) ** 2
         # The updates are made one by one, then stacked.
@@ -119,78 +154,53 @@ def _optimizer_work_bytes(config: RunConfig, dtype: Dtype) -> int:
     return work
 
 
-def _loss_bytes(model: ModelSpec, tokens: int, chunk: int, dtype: Dtype) -> int:
-    """The gradients of head and hidden states, made in the forward pass, and scaled copies of them in the backward
-    pass; or in the forward pass the head in `dtype`, its share of a gradient, and a chunk's logits."""
-    element = BYTES_PER_ELEMENT[dtype]
-    head, hidden = model.vocab_size * model.hidden_size, tokens * model.hidden_size
-    gradients = 4 * head + element * hidden
-    cast = element * head if dtype != "float32" else 0
-    forward = cast + element * head + chunk * model.vocab_size * (4 + 2 * element)
-    return gradients + max(gradients, forward)
+def _loss_bytes(config: RunConfig, shape: Shape, chunk: int) -> tuple[int, int]:
+    """The gradients of head and hidden states, made in the forward pass; and what that needs beside them: the head in
+    `dtype`, its share of a gradient, and a chunk's logits; or, in the backward pass, scaled copies of the gradients."""
+    model = config.model
+    head = model.vocab_size * model.hidden_size
+    gradients = FLOAT32 * head + shape.values(model.hidden_size)
+    # Logits, probabilities and their gradient; what a cap squashed and its slope; what the z-loss adds.
+    per_logit = FLOAT32 + 2 * shape.element
+    per_logit += 0 if model.logit_soft_cap is None else shape.element + FLOAT32
+    per_logit += FLOAT32 if config.z_loss else 0
+    forward = shape.cast(head) + shape.element * head + chunk * model.vocab_size * per_logit
+    return gradients, max(gradients, forward)
 
 
-def _layer_transient_bytes(model: ModelSpec, num_sequences: int, sequence_tokens: int, dtype: Dtype) -> int:
+# --- a layer's backward pass ---
+
+
+def _layer_transient_bytes(model: ModelSpec, mlp: MlpSpec | MoeSpec, shape: Shape) -> int:
     """What one layer's backward pass needs for itself: gradients of the residual stream, and of the inner tensors of
     its feed-forward network or its attention, whichever are more."""
-    element = BYTES_PER_ELEMENT[dtype]
-    tokens = num_sequences * sequence_tokens
-    query = tokens * model.attention.num_heads * model.attention.head_dim
-    scores = 0
-    if sequence_tokens <= EXPLICIT_ATTENTION_MAX_TOKENS:
-        scores = num_sequences * model.attention.num_heads * sequence_tokens**2
-    inner = tokens * model.mlp.intermediate_size * (3 if model.mlp.gated else 2)
-    return element * max(inner, 2 * scores + 4 * query) + (2 * 4 + element) * tokens * model.hidden_size
+    residual = (2 * FLOAT32 + shape.element) * shape.tokens * model.hidden_size
+    return residual + max(_mlp_transient(model.hidden_size, mlp, shape), _attention_transient(model, shape))
 
 
-# --- activations ---
+def _mlp_transient(hidden: int, mlp: MlpSpec | MoeSpec, shape: Shape) -> int:
+    """Gradients of what the activation takes and gives, and what it computes again for them; less the tensor that it
+    gave, which is free by then."""
+    tensors = {"swiglu": 2, "geglu": 2, "clamped_swiglu": 6, "gelu": 1, "squared_relu": 1}[mlp.activation]
+    if not isinstance(mlp, MoeSpec):
+        return shape.values(tensors * mlp.intermediate_size)
+    # Rows that are sorted, weighted and summed have gradients too, two or three at a time.
+    return shape.values(mlp.top_k * max(tensors * mlp.intermediate_size + hidden, 3 * hidden))
 
 
-def activation_bytes(model: ModelSpec, num_sequences: int, sequence_tokens: int, dtype: Dtype) -> int:
-    """Bytes that the decoder's forward pass keeps for its backward pass: to the byte what autograd saves on a CPU
-    (a contract test compares them), weights and tables aside. The parts are those of models/."""
-    tokens = num_sequences * sequence_tokens
-    lookups = 1 + (len(model.ngrams.orders) if model.ngrams else 0) + (1 if model.recall else 0)
-    norms = (2 if model.embedding_norm else 1) * _norm_bytes(model, tokens, dtype)
-    layer = (
-        2 * _norm_bytes(model, tokens, dtype)
-        + _attention_bytes(model, num_sequences, sequence_tokens, dtype)
-        + _mlp_bytes(model, tokens, dtype)
-    )
-    return 8 * lookups * tokens + norms + model.num_layers * layer
-
-
-def _cast_bytes(num_elements: int, dtype: Dtype) -> int:
-    """A weight's copy in `dtype`, kept for the input's gradient."""
-    return 0 if dtype == "float32" else BYTES_PER_ELEMENT[dtype] * num_elements
-
-
-def _norm_bytes(model: ModelSpec, tokens: int, dtype: Dtype) -> int:
-    """Input and scale, float32 whatever `dtype` is; where there is a weight, what it multiplies too."""
-    values = 4 * tokens * model.hidden_size
-    weighted = values + _cast_bytes(model.hidden_size, dtype) if model.norm.weighted else 0
-    return values + 4 * tokens + weighted
-
-
-def _attention_bytes(model: ModelSpec, num_sequences: int, sequence_tokens: int, dtype: Dtype) -> int:
-    attention, element = model.attention, BYTES_PER_ELEMENT[dtype]
-    tokens = num_sequences * sequence_tokens
-    heads, kv_heads = attention.num_heads, attention.num_kv_heads
-    query, kv = heads * attention.head_dim, kv_heads * attention.head_dim
-    total = element * tokens * model.hidden_size + _cast_bytes(2 * model.hidden_size * (query + kv), dtype)
-    if attention.qk_norm:
-        total += 4 * tokens * (query + kv + heads + kv_heads)
-    if attention.rope is not None:
-        total += _cast_bytes(4 * sequence_tokens * attention.head_dim, dtype)  # sines, cosines, twice
-    if sequence_tokens <= EXPLICIT_ATTENTION_MAX_TOKENS:
-        # Queries, keys and values of every head, what was mixed, and the probabilities.
-        return total + element * (4 * tokens * query + heads * tokens * sequence_tokens)
-    # The fused kernel keeps its mask in `dtype`, and a number per query.
-    return total + element * (2 * tokens * (query + kv) + tokens * sequence_tokens) + 4 * tokens * heads
-
-
-def _mlp_bytes(model: ModelSpec, tokens: int, dtype: Dtype) -> int:
-    element, inner = BYTES_PER_ELEMENT[dtype], model.mlp.intermediate_size
-    matrices, tensors = (3, 4) if model.mlp.gated else (2, 2)
-    kept = element * tokens * (model.hidden_size + tensors * inner)
-    return kept + _cast_bytes(matrices * model.hidden_size * inner, dtype)
+def _attention_transient(model: ModelSpec, shape: Shape) -> int:
+    """Gradients of queries, keys, values and what was mixed; those of probabilities and scores, where they are."""
+    attention, keys = model.attention, shape.sequence_tokens
+    query = attention.num_heads * attention.head_dim
+    squares = 2
+    if isinstance(attention, AttentionSpec):
+        extra = (attention.score_temperature_tokens is not None) or attention.sinks
+        squares += 2 if attention.score_soft_cap is not None else 1 if extra else 0
+    per_query = attention.num_heads * keys
+    if shape.short:
+        return shape.values(4 * query + squares * per_query)
+    if is_fused(attention):
+        return shape.values(4 * query)
+    # One block's scores are made again, and kept until their gradients are there.
+    block = shape.element * shape.num_sequences * min(BLOCK_QUERIES, keys) * per_query
+    return shape.values(6 * query) + (squares + 2) * block

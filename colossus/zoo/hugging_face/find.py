@@ -18,11 +18,26 @@ from colossus.zoo.hugging_face.gpt2 import GPT2
 from colossus.zoo.hugging_face.gpt_oss import GPT_OSS
 from colossus.zoo.hugging_face.grok import GROK_1, GROK_2, is_grok_2
 from colossus.zoo.hugging_face.llama import LLAMA
+from colossus.zoo.hugging_face.mistral import MISTRAL
 from colossus.zoo.hugging_face.mixtral import MIXTRAL
 from colossus.zoo.hugging_face.olmo2 import OLMO2
+from colossus.zoo.hugging_face.qwen2 import QWEN2
 from colossus.zoo.hugging_face.qwen3 import QWEN3, QWEN3_MOE
 
-ARCHITECTURES = (GPT2, LLAMA, QWEN3, QWEN3_MOE, OLMO2, MIXTRAL, GPT_OSS, DEEPSEEK_V3, GROK_1, GROK_2)
+ARCHITECTURES = (
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    OLMO2,
+    MIXTRAL,
+    GPT_OSS,
+    DEEPSEEK_V3,
+    GROK_1,
+    GROK_2,
+)
 """All that Colossus reads and writes; where several can hold a model, the first is taken."""
 
 UNREADABLE = {

@@ -1,4 +1,4 @@
-"""How training goes on from someone else's weights, unless told otherwise."""
+"""How training goes on from weights that are there already, unless told otherwise."""
 
 from colossus.spec.data import DataConfig, LoadedTokenizer
 from colossus.spec.model import ModelSpec
@@ -10,7 +10,7 @@ WARMUP_STEPS = 50
 
 
 def continued(model: ModelSpec) -> RunConfig:
-    """The settings that `colossus import` starts from; `with_warmup` fits them to the budget."""
+    """The settings that `colossus import` and `colossus upcycle` start from; `with_warmup` fits them to the budget."""
     return RunConfig(
         name=model.name,
         model=model,
