@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ DTYPES: dict[torch.dtype, str] = {
 """What can be saved, and safetensors' name for it."""
 
 CHUNK_BYTES = 8 << 20
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
 _BLOCK_BYTES = 4096  # what O_DIRECT wants offsets and addresses to be multiples of; tensors start on one too
 
 
@@ -195,8 +197,12 @@ def hash_range(file: RawIOBase, start: int, num_bytes: int, buffer: memoryview) 
 
 
 def map_file(file: RawIOBase) -> mmap.mmap:
-    """A file's bytes, mapped copy-on-write: they take memory as they are written to. Raises OSError."""
-    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    """A file's bytes, mapped copy-on-write: they take memory as they are written to. Raises OSError.
+
+    Without a reserve: Linux else refuses to map a file larger than the memory, in case all of it were written to.
+    """
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def view_bytes(data: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

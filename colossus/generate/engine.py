@@ -69,6 +69,7 @@ class Engine:
         self._rows.append(row)
         return row
 
+    @torch.inference_mode()
     def leave(self, row: Row) -> None:
         """Forgets a row."""
         self._uncache(row)

@@ -57,6 +57,8 @@ class Cache:
         """Adds all rows of another cache after this one's."""
         first, longest = self.num_rows, max(source.lengths)
         self.lengths += source.lengths
+        if longest == 0:
+            return  # nothing to take over; the next tokens make room for their rows
         rows = slice(first, self.num_rows)
         self._make_room(self.num_rows, longest)
         self.has_documents |= source.has_documents

@@ -65,7 +65,7 @@ def mixture(spec: MoeSpec, layer: Mapping[str, Tensor], x: Tensor) -> tuple[Tens
 def _best(spec: MoeSpec, scores: list[float], balance: Tensor | None) -> tuple[int, ...]:
     """The experts with the highest scores, each moved by its balancing bias, of the groups that are allowed."""
     if balance is not None:
-        scores = [score + float(moved) for score, moved in zip(scores, balance, strict=True)]
+        scores = [score + moved for score, moved in zip(scores, balance.tolist(), strict=True)]
     allowed = list(range(spec.num_experts))
     groups = spec.router.groups
     if groups is not None:

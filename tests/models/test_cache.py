@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from colossus.models import Cache, Decoder
+from colossus.models import attend as attention_module
 from colossus.spec.model import ModelSpec
 from tests.helpers import VARIETIES, random_tokens, scrambled
 
@@ -17,6 +18,13 @@ every_variety = pytest.mark.parametrize("spec", VARIETIES.values(), ids=VARIETIE
 def _no_gradients() -> object:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(params=[512, 4], ids=["short", "long"])
+def attention_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that count as long are attended to by the fused kernel, or block by block."""
+    monkeypatch.setattr(attention_module, "EXPLICIT_ATTENTION_MAX_TOKENS", request.param)
+    monkeypatch.setattr(attention_module, "_BLOCK_QUERIES", 8)
 
 
 def longer(spec: ModelSpec) -> ModelSpec:
@@ -54,6 +62,7 @@ def texts(spec: ModelSpec, lengths: Sequence[int], seed: int) -> list[list[int]]
 
 
 @every_variety
+@pytest.mark.usefixtures("attention_path")
 def test_rows_of_other_lengths_are_as_if_alone(spec: ModelSpec) -> None:
     rows = Rows(scrambled(longer(spec)).double(), 4)
     rows.add(texts(spec, (5, 9, 1, 12), 0))
@@ -65,6 +74,7 @@ def test_rows_of_other_lengths_are_as_if_alone(spec: ModelSpec) -> None:
 
 
 @every_variety
+@pytest.mark.usefixtures("attention_path")
 def test_rows_that_are_equally_long(spec: ModelSpec) -> None:
     """They take ways of their own: one slice for all rows, and no bias for one more token."""
     rows = Rows(scrambled(longer(spec)).double(), 3)
@@ -92,11 +102,14 @@ def test_rows_come_and_go(spec: ModelSpec) -> None:
             rows.texts[row] = last
         assert rows.cache.lengths == [len(text) for text in rows.texts]
         rows.add(texts(spec, (1,) * len(rows.texts), 30 + row))
+    while rows.texts:  # until it stands empty
+        rows.cache.drop_row(0)
+        rows.texts.pop()
     again = Rows(model, 2)
     again.add(texts(spec, (3, 1), 50))
     rows.cache.append_rows(again.cache)
     rows.texts += again.texts
-    rows.add(texts(spec, (2, 1, 1, 3), 60))
+    rows.add(texts(spec, (2, 1), 60))
 
 
 @every_variety

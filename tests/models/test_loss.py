@@ -16,11 +16,16 @@ from colossus.models import chunked_cross_entropy
 
 
 def expected(
-    hidden: Tensor, head: Tensor, targets: Tensor, soft_cap: float | None, z_loss: float
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    soft_cap: float | None,
+    z_loss: float,
+    multiplier: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Objective, loss, and the objective's gradients."""
     hidden, head = (tensor.detach().double().requires_grad_() for tensor in (hidden, head))
-    logits = hidden @ head.T
+    logits = hidden @ head.T * multiplier
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -60,13 +65,21 @@ def assert_as_expected(
     chunk_tokens=st.integers(1, 20),
     soft_cap=st.none() | st.floats(0.1, 50),
     z_loss=st.just(0.0) | st.floats(1e-6, 1.0),
+    multiplier=st.just(1.0) | st.floats(0.1, 3),
     seed=st.integers(0, 100),
 )
-def test_any_size_chunk_cap_and_z_loss(
-    tokens: int, vocab: int, chunk_tokens: int, soft_cap: float | None, z_loss: float, seed: int
+def test_any_size_chunk_cap_multiplier_and_z_loss(
+    tokens: int,
+    vocab: int,
+    chunk_tokens: int,
+    soft_cap: float | None,
+    z_loss: float,
+    multiplier: float,
+    seed: int,
 ) -> None:
     problem = random_problem(tokens, vocab, 6, seed)
-    assert_as_expected(*problem, chunk_tokens=chunk_tokens, soft_cap=soft_cap, z_loss=z_loss, rtol=2e-5)
+    settings = {"soft_cap": soft_cap, "z_loss": z_loss, "multiplier": multiplier}
+    assert_as_expected(*problem, chunk_tokens=chunk_tokens, **settings, rtol=2e-5)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4])

@@ -11,6 +11,7 @@ from colossus.models.moe import Groups, choose, multiply_one_by_one
 from colossus.models.parts import GATED, PLAIN
 from colossus.spec.model import ModelSpec, MoeSpec, RouterGroups, RouterSpec
 from tests.helpers import VARIETIES, random_tokens, scrambled
+from tests.models.reference import reference_logits
 
 MIXTURES = {name: spec for name, spec in VARIETIES.items() if isinstance(spec.mlp, MoeSpec)}
 every_mixture = pytest.mark.parametrize("spec", MIXTURES.values(), ids=MIXTURES)
@@ -90,6 +91,19 @@ def test_load_counts_the_tokens_of_each_expert(spec: ModelSpec, monkeypatch: pyt
         assert mixture.load.tolist() == [given.count(expert) for expert in range(spec.mlp.num_experts)]
         mixture.reset_buffers()
         assert torch.all(mixture.load == 0)
+
+
+def test_the_sum_with_the_shared_mlp_is_multiplied() -> None:
+    """Grok-2 normalises that sum, which hides its size; here nothing does."""
+    spec = VARIETIES["expert_biases"]
+    shared = spec.mlp.shared.model_copy(update={"sum_multiplier": 0.3})
+    spec = spec.model_copy(update={"mlp": spec.mlp.model_copy(update={"shared": shared})})
+    assert spec.norm_placement == "pre"
+    model, tokens = scrambled(spec).double(), random_tokens(spec, 9)
+    with torch.no_grad():
+        logits = model.logits(model(tokens[None], dtype=torch.float64))[0]
+    expected = reference_logits(model, tokens.tolist(), [0] * 9)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def spec_of(num_experts: int, top_k: int, **router: object) -> MoeSpec:

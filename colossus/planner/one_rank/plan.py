@@ -2,7 +2,7 @@
 
 from colossus.errors import ConfigError
 from colossus.planner.one_rank.memory import step_memory
-from colossus.spec.model import Dtype
+from colossus.spec.model import Dtype, ModelSpec, MoeSpec
 from colossus.spec.plan import Layout
 from colossus.spec.rank import Machine, RankEstimate, RankPlan
 from colossus.spec.run import RunConfig
@@ -29,6 +29,7 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> RankPlan:
     Raises ConfigError when not even one sequence at a time fits the memory.
     """
     model, batch = config.model, config.batch
+    machine = _machine_for(model, machine)
     reasons: dict[str, str] = {}
     dtype = _dtype(config, machine, reasons)
     chunk = max(32, min(batch.tokens, LOGITS_IN_CACHE_BYTES // (4 * model.vocab_size)))
@@ -55,6 +56,18 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> RankPlan:
         ),
         reasons=reasons,
     )
+
+
+def _machine_for(model: ModelSpec, machine: Machine) -> Machine:
+    """The machine with the library that suits the model.
+
+    oneDNN makes a kernel for each shape of matmul and keeps up to 1024 of them. An expert's rows differ in number at
+    every step: measured on mixtures of 7 and 14 million parameters in float32, that took 250 to 350 MB within four
+    steps, and saved no time.
+    """
+    if not any(isinstance(group.mlp, MoeSpec) for group in model.layer_groups()):
+        return machine
+    return machine.model_copy(update={"float32_library": "default"})
 
 
 def _dtype(config: RunConfig, machine: Machine, reasons: dict[str, str]) -> Dtype:
