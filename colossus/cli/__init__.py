@@ -8,6 +8,7 @@ import typer
 
 from colossus.cli import (
     calibrate,
+    chat,
     data,
     evaluate,
     export,
@@ -18,6 +19,7 @@ from colossus.cli import (
     plan,
     recipes,
     runs,
+    serve,
     train,
     upcycle,
     validate,
@@ -41,6 +43,8 @@ app.command("compare", epilog=plan.COMPARE_EPILOG)(plan.compare)
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
+app.command("chat", epilog=chat.EPILOG)(chat.chat)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("evaluate", epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command("export", epilog=export.EPILOG)(export.export)
 app.command("import", epilog=import_.EPILOG)(import_.import_)

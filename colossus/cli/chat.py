@@ -139,6 +139,8 @@ def _answer(loaded: "LoadedModel", form: "ChatFormat", sampling: "Sampling", ids
             if writer.finish_reason is not None:
                 break
     except KeyboardInterrupt:
+        text += (piece := writer.close())
+        typer.echo(piece, nl=False)
         typer.secho(" … stopped", dim=True, nl=False)
     typer.echo()
     return text.strip()

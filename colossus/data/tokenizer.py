@@ -7,13 +7,14 @@ it.
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from colossus.data.beside import CONFIG_NAME, Beside, read_beside
 from colossus.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -27,8 +28,12 @@ END_NAMES = (
     "<end_of_text>",
     "<EOT>",
     "<｜end▁of▁sentence｜>",
+    "<EOS_TOKEN>",
 )
-"""Looked for in a loaded tokenizer, in this order."""
+"""Looked for in a loaded tokenizer, in this order; END of one that has none of them is its `eos_token`.
+
+Not the other way round: the `eos_token` of the files beside it is often the end of a turn (`<|im_end|>`, `<|eot_id|>`),
+and a name is found wherever the tokenizer's file goes alone."""
 
 TokenizerKind = Literal["json", "sentencepiece"]
 FILE_NAMES: dict[TokenizerKind, str] = {"json": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -58,6 +63,11 @@ class Backend(Protocol):
     vocab_size: int
     end_of_document: int
     end_text: str
+    end_told_beside: bool
+    """Whether the file alone does not say what END is."""
+
+    def id_of(self, spelling: str) -> int | None:
+        """The token that is spelled so; None if there is none."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text, nothing added."""
@@ -74,7 +84,7 @@ class Backend(Protocol):
     def encode_without_controls(self, text: str) -> Ids:
         """Ids of a text, none of them a control token's."""
 
-    def added_before_text(self) -> tuple[int, ...]:
+    def put_before_text(self) -> tuple[int, ...]:
         """Ids that the file puts before a text."""
 
 
@@ -85,20 +95,26 @@ class Tokenizer:
         kind: `json` (the `tokenizers` library's file) or `sentencepiece`.
         vocab_size: one more than the largest id.
         end_of_document: the id that stands before every document; no text encodes to it.
+        opening: the ids that its files put before a text (`<s>`), as models that others trained expect; empty where
+            they put nothing (GPT-2, Qwen). `encode` leaves them out. What is trained here expects END.
         fingerprint: 16 hex digits of the file's bytes.
     """
 
-    def __init__(self, kind: TokenizerKind, content: bytes, where: str) -> None:
+    def __init__(self, kind: TokenizerKind, content: bytes, where: str, beside: Beside | None = None) -> None:
         """From a file's bytes; `where` names it in messages. Raises DataError when they are no tokenizer."""
         import xxhash
 
         self.kind = kind
         self._content = content
+        beside = beside or Beside()
         self._backend: Backend = (
-            JsonBackend(content, where) if kind == "json" else SentencePieceBackend(content, where)
+            JsonBackend(content, where, beside)
+            if kind == "json"
+            else SentencePieceBackend(content, where, beside)
         )
         self.vocab_size = self._backend.vocab_size
         self.end_of_document = self._backend.end_of_document
+        self.opening = self._opening(beside)
         self.fingerprint: str = xxhash.xxh3_64_hexdigest(content)
 
     @classmethod
@@ -131,7 +147,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """From a `tokenizer.json`, a SentencePiece `.model`, or a folder that holds one. Raises DataError."""
+        """From a `tokenizer.json`, a SentencePiece `.model`, or a folder that holds one. Raises DataError.
+
+        Files beside it (tokenizer_config.json and others) are asked for the `eos_token` where no name of `END_NAMES`
+        is in the vocabulary, and for the `bos_token` where they say whether it is put before texts.
+        """
         if path.is_dir():
             found = [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
             if not found:
@@ -142,14 +162,22 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"cannot read the tokenizer {str(path)!r}: {error.strerror}") from error
         kind: TokenizerKind = "json" if content.lstrip()[:1] == b"{" else "sentencepiece"
-        return cls(kind, content, repr(str(path)))
+        return cls(kind, content, repr(str(path)), read_beside(path.parent))
 
     def save(self, directory: Path) -> Path:
-        """Writes the file into `directory` under its usual name; returns its path. `load` takes either."""
+        """Writes the file into `directory` under its usual name; returns its path. `load` takes either.
+
+        Where only a file beside it told what END is, one that does so is written, too.
+        """
         from colossus.data.storage import write_atomically
 
         path = directory / FILE_NAMES[self.kind]
         write_atomically(path, self._content)
+        if self._backend.end_told_beside and not (directory / CONFIG_NAME).exists():
+            end = self._backend.end_text
+            usual = "PreTrainedTokenizerFast" if self.kind == "json" else "LlamaTokenizer"
+            record = {"tokenizer_class": usual, "bos_token": end, "eos_token": end, "add_bos_token": True}
+            write_atomically(directory / CONFIG_NAME, json.dumps(record, ensure_ascii=False).encode())
         return path
 
     def encode(self, text: str) -> Ids:
@@ -193,9 +221,13 @@ class Tokenizer:
         """Ids of a text that someone else wrote, uint32 [tokens]: no control token, whatever the text spells."""
         return self._backend.encode_without_controls(text)
 
-    def added_before_text(self) -> tuple[int, ...]:
-        """What the tokenizer's file says stands before every text; `encode` leaves it out."""
-        return self._backend.added_before_text()
+    def _opening(self, beside: Beside) -> tuple[int, ...]:
+        if beside.puts_begin is False:
+            return ()
+        begin = None if beside.begin is None else self._backend.id_of(beside.begin)
+        if beside.puts_begin and begin is not None:
+            return (begin,)
+        return self._backend.put_before_text()
 
     def stream(self) -> "StreamingDecoder":
         """Decodes ids one at a time, for generation."""
@@ -244,12 +276,12 @@ class StreamingDecoder:
 class JsonBackend:
     """A `tokenizer.json` in the `tokenizers` library."""
 
-    def __init__(self, content: bytes, where: str) -> None:
+    def __init__(self, content: bytes, where: str, beside: Beside) -> None:
         from tokenizers import Tokenizer as Library
 
         try:
             description = json.loads(content)
-            end_text = _end_name(_vocabulary(description), where)
+            end_text = _end_name(_vocabulary(description), where, beside)
             # Only a token marked special can be kept from matching text, below.
             for token in description.get("added_tokens") or ():
                 token["special"] = token["special"] or token["content"] == end_text
@@ -265,6 +297,7 @@ class JsonBackend:
         self._description = description
         self._plain: Any = None
         self.end_text: str = end_text
+        self.end_told_beside = end_text not in END_NAMES
         self.end_of_document: int = self._library.get_vocab(with_added_tokens=True)[end_text]
         self.vocab_size: int = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -297,9 +330,21 @@ class JsonBackend:
             self._plain.encode_special_tokens = True
         return np.array(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
-    def added_before_text(self) -> tuple[int, ...]:
-        """What the post-processor adds to nothing."""
-        return tuple(self._library.encode("", add_special_tokens=True).ids)
+    def id_of(self, spelling: str) -> int | None:
+        """By the vocabulary and the added tokens."""
+        found: int | None = self._library.token_to_id(spelling)
+        return found
+
+    def put_before_text(self) -> tuple[int, ...]:
+        """What the post-processor adds in front, and not what it adds behind."""
+        for text in ("a", "0", " ", "\u4e00"):
+            plain = self._library.encode(text, add_special_tokens=False).ids
+            if not plain:  # a vocabulary that lacks the letter
+                continue
+            ids = self._library.encode(text, add_special_tokens=True).ids
+            starts = range(len(ids) - len(plain) + 1)
+            return tuple(ids[: next((i for i in starts if ids[i : i + len(plain)] == plain), 0)])
+        return ()
 
     def token_bytes(self) -> list[bytes] | None:
         """Bytes of each id, for byte-level tokenizers."""
@@ -321,7 +366,7 @@ class JsonBackend:
 class SentencePieceBackend:
     """A SentencePiece `.model`."""
 
-    def __init__(self, content: bytes, where: str) -> None:
+    def __init__(self, content: bytes, where: str, beside: Beside) -> None:
         import sentencepiece
 
         try:
@@ -334,9 +379,11 @@ class SentencePieceBackend:
         if not content or not self.vocab_size:
             raise DataError(f"{where} is neither a tokenizer.json nor a SentencePiece model: it is empty")
         self.end_of_document = int(self._library.eos_id())
+        self.end_told_beside = False
         if self.end_of_document < 0:
-            names = {self._library.id_to_piece(token): token for token in range(self.vocab_size)}
-            self.end_of_document = names[_end_name(names, where)]
+            names = {str(self._library.id_to_piece(token)): token for token in range(self.vocab_size)}
+            name = _end_name(names, where, beside)
+            self.end_of_document, self.end_told_beside = names[name], name not in END_NAMES
         self.end_text = str(self._library.id_to_piece(self.end_of_document))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -365,7 +412,12 @@ class SentencePieceBackend:
         """As always: the library makes no control piece out of text."""
         return self.encode_batch([text])[0]
 
-    def added_before_text(self) -> tuple[int, ...]:
+    def id_of(self, spelling: str) -> int | None:
+        """By the pieces."""
+        token = int(self._library.piece_to_id(spelling))
+        return token if self._library.id_to_piece(token) == spelling else None
+
+    def put_before_text(self) -> tuple[int, ...]:
         """The piece that begins a text, where there is one."""
         begin = int(self._library.bos_id())
         return (begin,) if begin >= 0 else ()
@@ -375,19 +427,26 @@ class SentencePieceBackend:
         return None
 
 
-def _vocabulary(description: dict[str, Any]) -> set[str]:
+def _vocabulary(description: dict[str, Any]) -> dict[str, int]:
     model = description["model"]
     words = model["vocab"]
-    names = {entry[0] for entry in words} if isinstance(words, list) else set(words)
-    return names | {token["content"] for token in description.get("added_tokens") or ()}
+    names = {entry[0]: i for i, entry in enumerate(words)} if isinstance(words, list) else dict(words)
+    return names | {token["content"]: token["id"] for token in description.get("added_tokens") or ()}
 
 
-def _end_name(vocabulary: Iterable[str], where: str) -> str:
-    known = set(vocabulary)
+def _end_name(vocabulary: Mapping[str, int], where: str, beside: Beside) -> str:
     for name in END_NAMES:
-        if name in known:
+        if name in vocabulary:
             return name
-    raise DataError(f"{where} has no end-of-document token; looked for {', '.join(END_NAMES)}")
+    spellings = {token: name for name, token in vocabulary.items()}
+    for end in beside.ends:
+        found = spellings.get(end) if isinstance(end, int) else end
+        if found is not None and found in vocabulary:
+            return found
+    raise DataError(
+        f"{where} has no end-of-document token; looked for {', '.join(END_NAMES)}, and for the eos_token of a "
+        f"{CONFIG_NAME} beside it"
+    )
 
 
 def byte_alphabet() -> dict[str, int]:

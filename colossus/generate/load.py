@@ -87,7 +87,7 @@ def _from_run(run: RunDirectory) -> LoadedModel:
         (parameter.name, loaded.tensors[f"model.{parameter.name}"]) for parameter in config.model.parameters()
     )
     model = _filled(config.model, parameters)
-    # An imported run keeps what came with its tokenizer; but it trains on documents that END opens.
+    # What came with the tokenizer of an imported run, which goes on as it began; there is nothing in other runs.
     beside = run.tokenizer_path
     described = _read_json(beside / "tokenizer_config.json")
     borders = Borders.of_run(tokenizer)
@@ -99,7 +99,7 @@ def _from_run(run: RunDirectory) -> LoadedModel:
         path=run.path,
         chat_template=_chat_template(beside, described),
         rejected=rejected,
-        borders=Borders(borders.opening, ends),
+        borders=Borders(tokenizer.opening if described else borders.opening, ends),
         special_tokens=_special_tokens(described, tokenizer),
     )
 
@@ -123,7 +123,7 @@ def _from_hugging_face(path: Path) -> LoadedModel:
         path=path,
         chat_template=directory.chat_template,
         rejected=(),
-        borders=Borders(_opening(tokenizer, directory.config.get("bos_token_id"), described), ends),
+        borders=Borders(tokenizer.opening, ends),
         special_tokens=_special_tokens(described, tokenizer),
     )
 
@@ -152,19 +152,6 @@ def _filled(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]]) -> Decode
 
 
 # --- what tokenizer files say ---
-
-
-def _opening(tokenizer: Tokenizer, begin: Any, described: Mapping[str, Any]) -> tuple[int, ...]:
-    """What stands before a text: where the tokenizer's files put it, and where one mark opens and ends texts."""
-    added = tokenizer.added_before_text()
-    if described.get("add_bos_token") is False:
-        return ()
-    begins = _ids(tokenizer, begin)
-    if added:
-        return added
-    if begins and (described.get("add_bos_token") is True or tokenizer.end_of_document in begins):
-        return tuple(begins)
-    return ()
 
 
 def _ids(tokenizer: Tokenizer, value: Any) -> frozenset[int]:

@@ -22,7 +22,6 @@ class TextWriter:
         self._ends, self._vocab_size = ends, tokenizer.vocab_size
         self._decoder = tokenizer.stream()
         self._stop, self._max_tokens = sampling.stop, sampling.max_tokens
-        self._hold = max(map(len, sampling.stop), default=1) - 1
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -30,16 +29,16 @@ class TextWriter:
         self.num_tokens += 1
         if token in self._ends or token >= self._vocab_size:
             self.finish_reason = "stop"
-            return self._release(self._decoder.finish())
+            return self.close()
         text = self._take(self._decoder.push(token))
         if self.finish_reason is None and self.num_tokens >= self._max_tokens:
             self.finish_reason = "length"
-            text += self._release(self._decoder.finish())
+            text += self.close()
         return text
 
-    def _release(self, piece: str) -> str:
-        """All that was held back, but for a stop text that `piece` completes."""
-        text = self._take(piece)
+    def close(self) -> str:
+        """What was held back, when no more tokens come."""
+        text = self._take(self._decoder.finish())
         text, self._held = text + self._held, ""
         return text
 
@@ -49,6 +48,11 @@ class TextWriter:
         if found:  # the one that is whole first
             self.finish_reason, self._held = "stop", ""
             return held[: min(found)[1]]
-        safe = max(0, len(held) - self._hold)
+        safe = len(held) - max((_begun(held, text) for text in self._stop), default=0)
         self._held = held[safe:]
         return held[:safe]
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

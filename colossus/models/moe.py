@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colossus.models.grouped import multiply_groups
 from colossus.models.parts import GATED, PLAIN, Linear, build_mlp
 from colossus.spec.model import MoeSpec, RouterGroups
 
@@ -158,7 +158,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor, groups: "Groups") -> Tensor:
         """x: (rows, inputs), the rows of each expert together."""
-        made = groups.multiply(x, self.weight.to(x.dtype))
+        made = multiply_groups(x, self.weight.to(x.dtype), groups.ends)
         return made if self.bias is None else made + self.bias.to(x.dtype)[groups.experts]
 
 
@@ -168,29 +168,6 @@ class Groups:
 
     experts: Tensor
     ends: Tensor
-
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Each expert's rows times its weightᵀ: x (rows, inputs), weight (num_experts, outputs, inputs)."""
-        if not _can_group(x, weight):
-            return multiply_one_by_one(x, weight, self.ends)
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=self.ends)
-
-
-def _can_group(x: Tensor, weight: Tensor) -> bool:
-    """Grouped matmuls want rows that start at multiples of 16 bytes, and on a CPU cost a call for each expert."""
-    aligned = all(size * x.dtype.itemsize % 16 == 0 for size in weight.shape[1:])
-    few_rows = x.device.type == "cpu" and x.shape[0] < weight.shape[0]
-    return aligned and not few_rows and x.dtype != torch.float64
-
-
-def multiply_one_by_one(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """What a grouped matmul computes, as a loop over experts that have rows: any dtype, and few rows."""
-    parts, start = [], 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            parts.append(x[start:end] @ weight[expert].t())
-        start = end
-    return torch.cat(parts)
 
 
 class _Unsorted(torch.autograd.Function):

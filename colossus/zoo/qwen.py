@@ -65,7 +65,9 @@ def qwen3(name: str) -> ModelSpec:
 
 
 def qwen2_5_0_5b() -> ModelSpec:
-    return _qwen2_5("qwen2.5-0.5b", 151_936, 32_768, _Size(24, 896, 14, 2, _dense(4864), tied_embeddings=True))
+    return _qwen2_5(
+        "qwen2.5-0.5b", 151_936, 32_768, _Size(24, 896, 14, 2, _dense(4864), tied_embeddings=True)
+    )
 
 
 def qwen2_5_7b() -> ModelSpec:

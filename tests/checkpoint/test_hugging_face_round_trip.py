@@ -1,9 +1,12 @@
 """Out and in again: every bit of every weight, for other readers too."""
 
 import json
+import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -13,6 +16,8 @@ from colossus.checkpoint.continued import continued, with_warmup
 from colossus.checkpoint.hugging_face import export_run, import_run, open_directory, write_directory
 from colossus.data import Tokenizer
 from colossus.errors import CheckpointError, ConfigError
+from colossus.generate import Sampling, generate, generate_tokens, load_model
+from colossus.generate.generate import prompt_ids
 from colossus.spec.config import override
 from colossus.spec.model import NgramSpec
 from colossus.zoo.hugging_face import architecture_of
@@ -96,10 +101,88 @@ def test_transformers_loads_what_was_written(kind: str, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = Tokenizer.load(run.tokenizer_path)
     text = "some words, and\nmore – words"
-    assert tokenizer(text)["input_ids"] == ours.encode(text).tolist()
-    assert tokenizer.eos_token_id == ours.end_of_document == theirs.generation_config.eos_token_id
-    out = theirs.generate(**tokenizer("some", return_tensors="pt"), max_new_tokens=3, do_sample=False)
-    assert out.shape[1] <= len(ours.encode("some")) + 3
+    assert tokenizer(text)["input_ids"] == [ours.end_of_document, *ours.encode(text).tolist()]
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == ours.end_of_document
+    marks = theirs.generation_config
+    assert marks.bos_token_id == marks.eos_token_id == marks.pad_token_id == ours.end_of_document
+    assert theirs.config.pad_token_id is None, "its row of the embedding would get no gradients"
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_transformers_writes_the_text_that_we_write(kind: str, tmp_path: Path) -> None:
+    """The run, the directory, and the run that is made from it: the same ids before the prompt and after it."""
+    transformers = pytest.importorskip("transformers")
+    spec = model(kind).model_copy(update={"vocab_size": 280})
+    run = make_run(tmp_path / "runs", spec, weights(spec))
+    assert Tokenizer.load(run.tokenizer_path).vocab_size <= 280
+    export_run(run, tmp_path / "out")
+    source = open_directory(tmp_path / "out")
+    imported = import_run(source, continued(source.model), runs_directory=tmp_path / "runs", name="again")
+    loaded = [load_model(path, tmp_path / "runs") for path in (run.path, tmp_path / "out", imported.path)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for prompt in ("some words, and", "more", "é\n "):
+        before = tokenizer(prompt, return_tensors="pt")
+        length = before["input_ids"].shape[1]
+        out = theirs.generate(**before, max_new_tokens=12, do_sample=False)[0].tolist()
+        for one in loaded:
+            ids = prompt_ids(one.tokenizer, prompt, one.borders)
+            assert ids == out[:length]
+            sampling = Sampling(temperature=0, max_tokens=12)
+            after = list(islice(generate_tokens(one.model, ids, sampling), len(out) - length))
+            assert after == out[length:]
+            text = "".join(generate(one.model, one.tokenizer, prompt, sampling, borders=one.borders))
+            assert text == tokenizer.decode(out[length:], skip_special_tokens=True)
+
+
+def test_what_a_model_expects_before_a_text_stays(tmp_path: Path) -> None:
+    """Of a tokenizer that puts a mark before texts: END where a model is trained on it here, the mark where it came
+    with a model."""
+    transformers = pytest.importorskip("transformers")
+    spec = model("llama")
+    run = make_run(tmp_path / "runs", spec, weights(spec))
+    file = run.tokenizer_path / "tokenizer.json"
+    library = tokenizers.Tokenizer.from_file(str(file))
+    library.add_special_tokens(["<s>"])
+    mark, end = library.token_to_id("<s>"), library.token_to_id("<|endoftext|>")
+    library.post_processor = tokenizers.processors.Sequence(
+        [
+            tokenizers.processors.ByteLevel(trim_offsets=False),
+            tokenizers.processors.TemplateProcessing(
+                single="<s> $A <|endoftext|>",
+                pair="<s> $A <|endoftext|> $B",
+                special_tokens=[("<s>", mark), ("<|endoftext|>", end)],
+            ),
+        ]
+    )
+    library.save(str(file))
+    plain = library.encode("some words", add_special_tokens=False).ids
+
+    def opened(directory: Path) -> list[list[int]]:
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)("some words")["input_ids"]
+        ours = load_model(directory, tmp_path)
+        return [theirs, prompt_ids(ours.tokenizer, "some words", ours.borders)]
+
+    export_run(run, tmp_path / "ours")
+    assert opened(tmp_path / "ours") == [[end, *plain]] * 2
+    described = json.loads((tmp_path / "ours/tokenizer.json").read_text())["post_processor"]
+    assert [one["type"] for one in described["processors"]] == ["ByteLevel", "TemplateProcessing"]
+    # The same weights with the tokenizer as its makers wrote it.
+    shutil.copytree(tmp_path / "ours", tmp_path / "other")
+    shutil.copyfile(file, tmp_path / "other/tokenizer.json")
+    (tmp_path / "other/tokenizer_config.json").unlink()
+    source = open_directory(tmp_path / "other")
+    imported = import_run(source, continued(source.model), runs_directory=tmp_path / "runs", name="x")
+    export_run(imported, tmp_path / "again")
+    for directory in ("other", "again"):
+        theirs, ours = opened(tmp_path / directory)
+        assert theirs == [mark, *plain, end]
+        assert ours == [mark, *plain]
+    one = load_model(imported.path, tmp_path)
+    assert one.borders.opening == (mark,)
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == file.read_bytes()
+    assert "unchanged" in (tmp_path / "again/README.md").read_text()
+    assert "give a prompt as it is" in (tmp_path / "ours/README.md").read_text()
 
 
 def test_a_run_goes_out_and_comes_in_as_the_same_weights(tmp_path: Path) -> None:
@@ -121,8 +204,10 @@ def test_a_run_goes_out_and_comes_in_as_the_same_weights(tmp_path: Path) -> None
     assert read_back.plan is None
     assert read_back.schedule.warmup_steps == 4
     assert read_back.data.tokenizer.path == str(imported.tokenizer_path.resolve() / "tokenizer.json")
-    kept = Tokenizer.load(imported.tokenizer_path)
-    assert kept.fingerprint == Tokenizer.load(run.tokenizer_path).fingerprint
+    kept, before = Tokenizer.load(imported.tokenizer_path), Tokenizer.load(run.tokenizer_path)
+    assert kept.encode("some words – é").tolist() == before.encode("some words – é").tolist()
+    assert (kept.opening, before.opening) == ((before.end_of_document,), ())
+    assert load_model(imported.path, tmp_path).borders == load_model(run.path, tmp_path).borders
     checkpoint = imported.checkpoints_path / "step-00000000"
     loaded = load(checkpoint, expect=read_back.model)
     assert loaded.facts["progress"]["steps"] == 0
@@ -267,5 +352,13 @@ def test_a_sentencepiece_model_goes_out_and_in(tmp_path: Path) -> None:
     assert ours.fingerprint == Tokenizer.load(run.tokenizer_path).fingerprint
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs("some words (é)")["input_ids"] == ours.encode("some words (é)").tolist()
-    assert theirs.eos_token_id == ours.end_of_document
+    end = ours.end_of_document
+    assert theirs("some words (é)")["input_ids"] == [end, *ours.encode("some words (é)").tolist()]
+    assert theirs.eos_token_id == end
+    assert ours.opening == (end,)
+    assert Tokenizer.load(run.tokenizer_path).opening != (end,)
+    for path in (run.path, tmp_path / "out", imported.path):
+        assert load_model(path, tmp_path).borders.opening == (end,)
+    export_run(imported, tmp_path / "second")
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,6 +194,72 @@ def test_missing_files_and_missing_end(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(DataError, match=r"no end-of-document token; looked for <\|endoftext\|>, "):
         Tokenizer.load(word_level(tmp_path, ["?", "a"]))
+
+
+# --- what files beside a tokenizer say ---
+
+
+def beside(path: Path, name: str = "tokenizer_config.json", **fields: Any) -> Path:
+    (path.parent / name).write_text(json.dumps(fields))
+    return path
+
+
+def test_end_is_a_known_name_first_and_else_what_the_files_beside_say(tmp_path: Path) -> None:
+    known = beside(word_level(tmp_path, ["?", "a", "<|im_end|>", "<|endoftext|>"]), eos_token="<|im_end|>")
+    assert Tokenizer.load(known).end_of_document == 3
+    path = word_level(tmp_path, ["?", "a", "<|im_end|>", "STOP"])
+    assert Tokenizer.load(beside(path, eos_token="STOP")).end_of_document == 3
+    assert Tokenizer.load(beside(path, eos_token={"content": "STOP", "special": True})).end_of_document == 3
+    beside(path, "generation_config.json", eos_token_id=[2, 3])
+    assert Tokenizer.load(beside(path, eos_token="not there")).end_of_document == 2
+    assert Tokenizer.load(beside(path)).end_of_document == 2
+    beside(path, "special_tokens_map.json", eos_token="STOP")
+    assert Tokenizer.load(path).end_of_document == 3
+    assert 3 not in Tokenizer.load(path).encode("a STOP a")
+    for name in ("special_tokens_map.json", "generation_config.json"):
+        (tmp_path / name).write_text("{")  # says nothing
+    with pytest.raises(DataError, match=r"and for the eos_token of a tokenizer_config\.json beside it"):
+        Tokenizer.load(path)
+
+
+def test_a_copy_keeps_an_end_that_the_file_does_not_name(tmp_path: Path, trained: Tokenizer) -> None:
+    path = beside(word_level(tmp_path, ["?", "a", "STOP"]), eos_token="STOP")
+    (tmp_path / "copy").mkdir()
+    Tokenizer.load(path).save(tmp_path / "copy")
+    again = Tokenizer.load(tmp_path / "copy")
+    assert (again.end_of_document, again.opening) == (2, (2,))
+    (tmp_path / "plain").mkdir()
+    trained.save(tmp_path / "plain")
+    assert [file.name for file in (tmp_path / "plain").iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A", "<s> <s> $A"])
+def test_what_stands_before_a_text_is_what_the_library_puts_there(single: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers.processors import TemplateProcessing
+
+    path = word_level(tmp_path, ["?", "a", "<s>", "</s>"])
+    library = Library.from_file(str(path))
+    library.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", 2), ("</s>", 3)])
+    library.save(str(path))
+    front = (2,) * single.count("<s>")
+    loaded = Tokenizer.load(path)
+    assert loaded.opening == front
+    assert tuple(library.encode("a a").ids)[: len(front) + 1] == (*front, 1)
+    assert loaded.encode("a a").tolist() == [1, 1], "only generation and evaluation put it there"
+    assert Tokenizer.load(beside(path, bos_token="</s>", add_bos_token=True)).opening == (3,)
+    assert Tokenizer.load(beside(path, bos_token="gone", add_bos_token=True)).opening == front
+    assert Tokenizer.load(beside(path, bos_token="<s>", add_bos_token=False)).opening == ()
+    assert Tokenizer.load(beside(path, bos_token="</s>")).opening == front
+
+
+def test_what_stands_before_a_text_in_sentencepiece(piece_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(piece_model.read_bytes())
+    assert Tokenizer.load(path).opening == (1,)
+    assert Tokenizer.load(beside(path, add_bos_token=False)).opening == ()
+    assert Tokenizer.load(beside(path, bos_token="</s>", add_bos_token=True)).opening == (2,)
+    assert Tokenizer.load(beside(path, bos_token="nothing", add_bos_token=True)).opening == (1,)
 
 
 def test_token_dtype_holds_the_vocabulary() -> None:

@@ -141,7 +141,7 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tokenizer: Token
         ("{% include '/etc/passwd' %}", "wrong or unsafe|fails"),
         ("{% if %}", "wrong or unsafe"),
         ("{{ messages[0].content + 1 }}", "fails with these messages"),
-        ("{% for i in range(100000000) %}x{% endfor %}", "counts beyond"),
+        ("{% for i in range(10001) %}x{% endfor %}", "counts beyond"),
         ("{{ 'a' * 1000000000 }}", "multiplies without measure"),
         ("{{ 9 ** 999999999 }}", "multiplies without measure"),
         ("{{ 'a'.ljust(1000000000) }}", "more than"),
@@ -150,7 +150,8 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tokenizer: Token
             "more than",
         ),
         (
-            "{% for i in range(10000) %}{% for j in range(10000) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
+            "{% for i in range(10000) %}{% for j in range(10000) %}{% for k in range(9) %}"
+            "{% endfor %}{% endfor %}{% endfor %}",
             "takes longer",
         ),
         ("x" * 2_000_000, "2,000,000 characters"),

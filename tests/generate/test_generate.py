@@ -197,5 +197,6 @@ def test_nothing_is_computed_after_a_stop_or_the_last_token() -> None:
 
 
 def test_text_is_shown_as_soon_as_it_cannot_be_part_of_a_stop() -> None:
-    assert written(["abc", "def"], ["xyz"])[0] == ["a", "bcd", "ef"]
+    assert written(["abc", "def"], ["xyz"])[0] == ["abc", "def"]
+    assert written(["abx", "y", "yx", "yz"], ["xyz"])[0] == ["ab", "xyy"]
     assert written(["abc", "def"], [])[0][:2] == ["abc", "def"]

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from colossus.models import moe
-from colossus.models.moe import Groups, choose, multiply_one_by_one
+from colossus.models.grouped import multiply_groups
+from colossus.models.moe import choose
 from colossus.models.parts import GATED, PLAIN
 from colossus.spec.model import ModelSpec, MoeSpec, RouterGroups, RouterSpec
 from tests.helpers import VARIETIES, random_tokens, scrambled
@@ -21,14 +23,15 @@ every_mixture = pytest.mark.parametrize("spec", MIXTURES.values(), ids=MIXTURES)
 @pytest.mark.parametrize(
     "num_rows", [(3, 0, 5, 0, 2), (0, 0, 7, 1, 0), (0, 0, 0, 0, 9), (9, 0, 0, 0, 0), (2, 2, 2, 2, 2)]
 )
-def test_a_grouped_matmul_is_a_loop_over_experts(num_rows: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_groups_are_multiplied_as_rows_are_and_as_torch_does(
+    num_rows: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Also where experts have no rows at all, whose weights then have a gradient of zero."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sum(num_rows), 16, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(5, 24, 16, generator=generator).to(dtype).requires_grad_()
     ends = torch.tensor(num_rows).cumsum(0).int()
     experts = torch.arange(5).repeat_interleave(torch.tensor(num_rows))
-    assert moe._can_group(x, weight)
     towards = torch.randn(sum(num_rows), 24, generator=generator).to(dtype)
     expected = torch.stack(
         [weight[expert].double() @ row.double() for row, expert in zip(x, experts, strict=True)]
@@ -36,7 +39,7 @@ def test_a_grouped_matmul_is_a_loop_over_experts(num_rows: tuple[int, ...], dtyp
     expected_gradients = torch.autograd.grad(expected, (x, weight), towards.double())
     # A CPU's kernels may add up in bfloat16: of sums whose terms are about 1, up to nine or sixteen of them.
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 6e-2}
-    for made in (Groups(experts, ends).multiply(x, weight), multiply_one_by_one(x, weight, ends)):
+    for made in (multiply_groups(x, weight, ends), F.grouped_mm(x, weight.transpose(1, 2), offs=ends)):
         torch.testing.assert_close(made, expected.to(dtype), **tolerance)
         for ours, theirs in zip(
             torch.autograd.grad(made, (x, weight), towards), expected_gradients, strict=True
@@ -44,28 +47,15 @@ def test_a_grouped_matmul_is_a_loop_over_experts(num_rows: tuple[int, ...], dtyp
             torch.testing.assert_close(ours, theirs.to(dtype), **tolerance)
 
 
-@every_mixture
-def test_both_ways_of_multiplying_give_the_same_model(
-    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = spec.model_copy(update={"hidden_size": 16})
-    model, tokens = scrambled(spec), random_tokens(spec, 2, 16)
-    results = []
-    for group in (True, False):
-        used: list[bool] = []
-
-        def can_group(*_: Tensor, group: bool = group, used: list[bool] = used) -> bool:
-            used.append(group)
-            return group
-
-        monkeypatch.setattr(moe, "_can_group", can_group)
-        model.zero_grad()
-        hidden = model(tokens)
-        hidden.square().sum().backward()
-        assert used
-        results.append([hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+def test_multiplying_groups_is_a_proper_operator() -> None:
+    """Gradients by finite differences; and what compiling and meta tensors ask of it, by torch's own checks."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda a, b: multiply_groups(a, b, ends), (x, weight))
+    torch.library.opcheck(torch.ops.colossus.multiply_groups.default, (x, weight, ends))
+    torch.library.opcheck(torch.ops.colossus.sum_groups.default, (torch.randn(7, 5), torch.randn(7, 4), ends))
 
 
 @every_mixture

@@ -373,7 +373,10 @@ def test_unknown_architectures() -> None:
             _changed(MODELS["llama"], "attention", window=WindowSpec(tokens=4, full_every=2)),
             r"attention\.window = none \(here set\)",
         ),
-        (_changed(MODELS["qwen2"], "attention", window=WindowSpec(tokens=4)), r"attention\.window = none"),
+        (
+            _changed(MODELS["qwen2"], "attention", window=WindowSpec(tokens=4)),
+            r"attention\.bias = none \(here 'qkv'\)",
+        ),
         (
             _changed(MODELS["llama"], "attention", score_soft_cap=30.0),
             r"score_soft_cap = none \(here 30\.0\)",

@@ -5,6 +5,7 @@ import shlex
 from importlib import metadata
 from pathlib import Path
 
+from colossus.checkpoint.hugging_face.tokenizer_files import opens_as_it_came
 from colossus.events import StepDone
 from colossus.observe.history import history
 from colossus.observe.meters import smooth
@@ -55,8 +56,7 @@ def model_card(
         "Nobody has looked at how true, safe or useful what it writes is. Find out before you use it for anything.",
         "",
         "| | |", "|---|---|", *(f"| {what} | {_cell(fact)} |" for what, fact in rows), "",
-        "In training, the tokenizer's end-of-text token stood before every document; put it before a prompt that is "
-        "to be read as the beginning of one.", "",
+        _opening(run), "",
         "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'tokenizer = AutoTokenizer.from_pretrained("this directory")',
         'model = AutoModelForCausalLM.from_pretrained("this directory")', "```", "",
@@ -64,6 +64,18 @@ def model_card(
         f"on with `colossus import`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _opening(run: RunDirectory) -> str:
+    if opens_as_it_came(run.tokenizer_path):
+        return (
+            "The tokenizer's files are those of the model that it started from, unchanged: they put before a text what "
+            "that model expects there. In training here, the end-of-text token stood before every document."
+        )
+    return (
+        "In training, the end-of-text token stood before every document. The tokenizer here puts it before every "
+        "text, so give a prompt as it is."
+    )
 
 
 def _front_matter() -> list[str]:

@@ -21,21 +21,30 @@ COMPANIONS = (
 def write_tokenizer(directory: Path, kept: Path, context_tokens: int) -> dict[str, Any]:
     """Writes the tokenizer of a run, in `kept`, for `transformers`; returns its special tokens' ids by field.
 
-    What came in with an imported model is copied. Raises DataError where the tokenizer is damaged, OSError.
+    What came in with an imported model is copied. Any other model was trained on documents that END opens, whatever
+    its tokenizer was made to put before texts: written so that END is put there. Raises DataError where the tokenizer
+    is damaged, OSError.
     """
     tokenizer = Tokenizer.load(kept)
     name = FILE_NAMES[tokenizer.kind]
-    shutil.copyfile(kept / name, directory / name)
     for companion in COMPANIONS[:-1]:
         if (kept / companion).is_file():
             shutil.copyfile(kept / companion, directory / companion)
-    if not (directory / "tokenizer_config.json").exists():
+    if opens_as_it_came(kept):
+        shutil.copyfile(kept / name, directory / name)
+    else:
         end = tokenizer.decode([tokenizer.end_of_document])
+        if tokenizer.kind == "json":
+            _write_opened(directory / name, kept / name, end, tokenizer.end_of_document)
+        else:
+            shutil.copyfile(kept / name, directory / name)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast" if tokenizer.kind == "json" else "LlamaTokenizer",
             # One mark stands between documents, so it opens a text as well as it ends one.
             "bos_token": end,
             "eos_token": end,
+            # A SentencePiece model has no place to say it; in a tokenizer.json the processor does.
+            **({} if tokenizer.kind == "json" else {"add_bos_token": True, "add_eos_token": False}),
             "model_max_length": context_tokens,
             "clean_up_tokenization_spaces": False,
         }
@@ -46,7 +55,34 @@ def write_tokenizer(directory: Path, kept: Path, context_tokens: int) -> dict[st
     return {"bos_token_id": tokenizer.end_of_document, "eos_token_id": tokenizer.end_of_document, **kept_ids}
 
 
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+def opens_as_it_came(kept: Path) -> bool:
+    """Whether a run's tokenizer, in `kept`, came in with a model, and puts before a text what that one expects."""
+    return (kept / "tokenizer_config.json").is_file()
+
+
+def _write_opened(target: Path, source: Path, end: str, end_id: int) -> None:
+    """A tokenizer.json that puts END before every text, and nothing else anywhere."""
+    description = json.loads(source.read_text(encoding="utf-8"))
+    mark = {"SpecialToken": {"id": end, "type_id": 0}}
+    second_mark = {"SpecialToken": {"id": end, "type_id": 1}}
+    text, second = ({"Sequence": {"id": one, "type_id": i}} for i, one in enumerate("AB"))
+    template = {
+        "type": "TemplateProcessing",
+        "single": [mark, text],
+        "pair": [mark, text, second_mark, second],
+        "special_tokens": {end: {"id": end, "ids": [end_id], "tokens": [end]}},
+    }
+    # What is there already may add marks of its own; one that only trims the places of tokens stays.
+    there = description.get("post_processor") or {}
+    trimming = [one for one in (there, *(there.get("processors") or ())) if one.get("type") == "ByteLevel"]
+    description["post_processor"] = (
+        {"type": "Sequence", "processors": [*trimming, template]} if trimming else template
+    )
+    write_synced(target, json.dumps(description, ensure_ascii=False, separators=(",", ":")))
+
+
+_IDS = ("bos_token_id", "eos_token_id")
+"""Not the padding's: `transformers` gives no gradients to the row that a config.json names, and it is often END's."""
 
 
 def _is_ids(value: Any) -> bool:
@@ -56,7 +92,8 @@ def _is_ids(value: Any) -> bool:
 def generation_config(ids: dict[str, Any], kept: Path | None) -> dict[str, Any]:
     """How `transformers` writes text unless told otherwise: what came in with an imported model, or sampling as the
     model says."""
-    return (_kept_generation(kept) if kept else {}) or {"do_sample": True, "temperature": 1.0, **ids}
+    pad = {"pad_token_id": ids["eos_token_id"]} if "eos_token_id" in ids else {}
+    return (_kept_generation(kept) if kept else {}) or {"do_sample": True, "temperature": 1.0, **pad, **ids}
 
 
 def _kept_generation(kept: Path) -> dict[str, Any]:
@@ -79,6 +116,8 @@ def keep_companions(source: Path, kept: Path) -> None:
         if name == "tokenizer_config.json":
             text = _without_code(text)
         write_synced(kept / name, text)
+    if (source / "config.json").is_file() and not opens_as_it_came(kept):  # a model's, that had no such file
+        write_synced(kept / "tokenizer_config.json", '{"clean_up_tokenization_spaces": false}\n')
 
 
 def _without_code(text: str) -> str:

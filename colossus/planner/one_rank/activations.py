@@ -238,7 +238,5 @@ def _experts(hidden: int, moe: MoeSpec, shape: Shape) -> int:
     kept = shape.values(rows * (2 * hidden + tensors * moe.intermediate_size + 1))
     indices = INT64 * shape.tokens * rows * (3 if moe.bias else 2)
     weights = shape.cast(tensors * moe.num_experts * hidden * moe.intermediate_size)
-    # A grouped matmul keeps where each expert's rows end; the loop that replaces it does not.
-    aligned = all(size * shape.element % 16 == 0 for size in (hidden, moe.intermediate_size))
-    grouped = aligned and shape.tokens * rows >= moe.num_experts
-    return kept + indices + weights + (4 * moe.num_experts if grouped else 0)
+    ends = 4 * moe.num_experts  # where each expert's rows end
+    return kept + indices + weights + ends

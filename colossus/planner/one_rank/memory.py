@@ -34,8 +34,8 @@ BLOCK_QUERIES = 512
 LIBRARY_BYTES = 24 * 2**20
 """Scratch memory that the matmul libraries take at their first large products and keep (measured: 17 to 33 MB)."""
 KERNELS_BYTES = 600 * 2**20
-"""What oneDNN's cache of 1024 kernels, one for each shape of matmul, comes to where shapes differ at every step: those of
-experts' rows in bfloat16 on a CPU (measured on one mixture of 9 million parameters, 14 steps: it had then levelled)."""
+"""What oneDNN's cache of 1024 kernels, one for each shape of matmul, comes to where shapes differ at every step: those
+of experts' rows in bfloat16 on a CPU (measured on one mixture of 9 million parameters, which levelled off there)."""
 SAVING_BYTES = 8 * 2**20
 """The buffer through which a checkpoint is written."""
 FRAGMENTATION = 0.42
