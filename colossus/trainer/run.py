@@ -102,7 +102,9 @@ def resume(
     with run.lock():
         config = run.config()
         if config.plan is None and any(isinstance(event, RunStarted) for event in run.events()):
-            raise RunError(f"{run.path}: its config.toml has no [plan], which says how it was trained; put it back")
+            raise RunError(
+                f"{run.path}: its config.toml has no [plan], which says how it was trained; put it back"
+            )
         if config.plan is not None:
             _check_plan(config.plan)
         corpus = _prepare(config, run.path.parent, progress, costs)
