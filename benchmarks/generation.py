@@ -18,7 +18,8 @@ import torch
 
 from colossus.checkpoint.hugging_face import write_directory
 from colossus.generate import Engine, Sampling
-from colossus.models import Decoder, build
+from colossus.generate.load import unfilled
+from colossus.models import Decoder
 from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
@@ -85,12 +86,10 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|---:|---:|")
     for title, spec in MODELS.items():
-        mine = build(spec, seed=0).requires_grad_(False)
-        # Fresh weights have outputs of zero, and would all write one token.
+        mine = unfilled(spec).requires_grad_(False)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in mine.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(0, 0.05, generator=generator)
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, 0.05, generator=generator)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
             write_directory(spec, dict(mine.named_parameters()).__getitem__, path)

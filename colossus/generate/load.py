@@ -139,16 +139,32 @@ def _check_sizes(where: Path, tokenizer: Tokenizer, model: ModelSpec) -> None:
 @torch.no_grad()
 def _filled(spec: ModelSpec, parameters: Iterable[tuple[str, Tensor]]) -> Decoder:
     """A model with these weights, copied one by one: beside the model, memory holds one of them."""
-    with torch.device("meta"):
-        model = Decoder(spec)
-    model.to_empty(device="cpu")
-    reset_buffers(model)
+    model = unfilled(spec)
     places = dict(model.named_parameters())
     for name, values in parameters:
         places.pop(name).copy_(values)
     if places:
         raise CheckpointError(f"{spec.name}: there are no values for {', '.join(sorted(places)[:5])}")
     return model.requires_grad_(False).eval()
+
+
+def unfilled(spec: ModelSpec) -> Decoder:
+    """A model on the CPU, its weights still anything, laid out for a few rows at a time.
+
+    A matrix that has at least as many outputs as inputs lies input by input: a single row is then multiplied up to 1.7
+    times as fast, and more rows as fast as ever (benchmarks/generation.md). Shapes and names are the usual ones.
+    """
+    with torch.device("meta"):
+        model = Decoder(spec)
+    model.to_empty(device="cpu")
+    reset_buffers(model)
+    with torch.no_grad():
+        for parameter in spec.parameters():
+            if parameter.role in ("matrix", "head") and parameter.shape[-2] >= parameter.shape[-1]:
+                *experts, outputs, inputs = parameter.shape
+                matrix = torch.empty(*experts, inputs, outputs).transpose(-1, -2)
+                model.get_parameter(parameter.name).data = matrix
+    return model
 
 
 # --- what tokenizer files say ---
