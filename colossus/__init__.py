@@ -7,7 +7,10 @@ planning and watching work where torch is not installed.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from colossus.generate import Sampling, load_run
+    from colossus.checkpoint.continued import continued
+    from colossus.checkpoint.hugging_face import export_run, import_run, open_directory
+    from colossus.checkpoint.upcycle import upcycle_run, upcycled
+    from colossus.generate import Sampling, load_model, load_run
     from colossus.hardware.fleet_text import parse_fleet
     from colossus.observe.run_directory import RunDirectory
     from colossus.observe.summary import Summary
@@ -35,15 +38,22 @@ _HOMES = {
     "RunDirectory": ("colossus.observe.run_directory", "RunDirectory"),
     "Sampling": ("colossus.generate", "Sampling"),
     "Summary": ("colossus.observe.summary", "Summary"),
+    "continued": ("colossus.checkpoint.continued", "continued"),
+    "export_run": ("colossus.checkpoint.hugging_face", "export_run"),
     "find_model": ("colossus.zoo", "find"),
     "from_toml": ("colossus.spec.config", "from_toml"),
+    "import_run": ("colossus.checkpoint.hugging_face", "import_run"),
+    "load_model": ("colossus.generate", "load_model"),
     "load_run": ("colossus.generate", "load_run"),
     "make_plan": ("colossus.planner.plan", "make_plan"),
+    "open_directory": ("colossus.checkpoint.hugging_face", "open_directory"),
     "parse_fleet": ("colossus.hardware.fleet_text", "parse_fleet"),
     "resume": ("colossus.trainer.run", "resume"),
     "run_config": ("colossus.spec.config", "run_config"),
     "to_toml": ("colossus.spec.config", "to_toml"),
     "train": ("colossus.trainer.run", "start"),
+    "upcycle_run": ("colossus.checkpoint.upcycle", "upcycle_run"),
+    "upcycled": ("colossus.checkpoint.upcycle", "upcycled"),
 }
 
 __all__ = [
@@ -57,15 +67,22 @@ __all__ = [
     "RunDirectory",
     "Sampling",
     "Summary",
+    "continued",
+    "export_run",
     "find_model",
     "from_toml",
+    "import_run",
+    "load_model",
     "load_run",
     "make_plan",
+    "open_directory",
     "parse_fleet",
     "resume",
     "run_config",
     "to_toml",
     "train",
+    "upcycle_run",
+    "upcycled",
 ]
 
 

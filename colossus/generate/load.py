@@ -13,7 +13,7 @@ from colossus.checkpoint import Rejected, load_newest
 from colossus.data import Tokenizer
 from colossus.errors import CheckpointError, ConfigError, DataError, RunError
 from colossus.models import Decoder, reset_buffers
-from colossus.observe.run_directory import RunDirectory
+from colossus.observe.run_directory import DEFAULT_RUNS, RunDirectory
 from colossus.spec.model import ModelSpec
 
 _MOST_CONFIG_BYTES = 16_000_000
@@ -49,7 +49,7 @@ class LoadedModel:
     """Spellings by role (`bos_token`, `eos_token`), for chat templates."""
 
 
-def load_model(name_or_path: str | Path, runs: Path) -> LoadedModel:
+def load_model(name_or_path: str | Path, runs: Path | str = DEFAULT_RUNS) -> LoadedModel:
     """The model of a run (its directory, its name under `runs`, or 'latest') or of a Hugging Face directory.
 
     Raises RunError, CheckpointError, DataError or ConfigError, naming what is missing, damaged or unknown.

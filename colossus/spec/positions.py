@@ -1,8 +1,8 @@
 """Rotary positions, as numbers, and how they are stretched beyond the context they were trained on."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from colossus.spec.base import Frozen, Positive, PositiveFloat
 
@@ -17,6 +17,15 @@ class Llama3Scaling(Frozen):
     original_context_tokens: Positive
     low_frequency_factor: PositiveFloat = 1.0
     high_frequency_factor: PositiveFloat = 4.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise ValueError(
+                f"high_frequency_factor {self.high_frequency_factor:g} is not above low_frequency_factor "
+                f"{self.low_frequency_factor:g}; what lies between the two is interpolated"
+            )
+        return self
 
 
 class YarnScaling(Frozen):
