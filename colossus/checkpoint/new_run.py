@@ -14,12 +14,11 @@ from colossus.data.progress import Progress as ShownProgress
 from colossus.data.progress import SilentProgress
 from colossus.data.tokenizer import Tokenizer
 from colossus.errors import CheckpointError, ConfigError, RunError
-from colossus.observe.run_directory import RunDirectory, check_name
+from colossus.observe.run_directory import ORIGIN_NAME, RunDirectory, check_name
 from colossus.spec.data import LoadedTokenizer
 from colossus.spec.duration import Progress
 from colossus.spec.run import RunConfig
 
-ORIGIN_NAME = "started_from.txt"
 """In a run's directory: the model that it started from, for the card of what it becomes."""
 
 

@@ -17,6 +17,9 @@ from colossus.observe.run_directory import RunDirectory
 from colossus.spec.model import MlpSpec, ModelSpec, MoeSpec
 from colossus.spec.run import RunConfig
 
+MAX_EXPERTS = 65_536
+"""Far beyond any model's; a slip of the finger does not fill the disk."""
+
 
 def upcycled(model: ModelSpec, *, num_experts: int, top_k: int) -> ModelSpec:
     """The model with `num_experts` copies of its MLP in every layer, of which each token goes through `top_k`.
@@ -28,10 +31,11 @@ def upcycled(model: ModelSpec, *, num_experts: int, top_k: int) -> ModelSpec:
         raise ConfigError(
             f"{model.name} is a mixture of experts already; upcycling starts from a dense model"
         )
-    if not 1 <= top_k <= num_experts or num_experts < 2:
+    if not 2 <= num_experts <= MAX_EXPERTS:
+        raise ConfigError(f"asked for {num_experts:,} experts; there may be 2 to {MAX_EXPERTS:,}")
+    if not 1 <= top_k <= num_experts:
         raise ConfigError(
-            f"asked for {num_experts} experts, {top_k} for each token; there must be at least 2 experts, and a token "
-            f"goes through 1 to {num_experts} of them"
+            f"asked for {top_k} of {num_experts} experts for each token; a token goes through 1 to {num_experts}"
         )
     experts = MoeSpec(
         num_experts=num_experts,
@@ -56,13 +60,27 @@ def upcycle_run(
     Every expert starts as a copy of the dense MLP, the router at random from `config.seed`: experts grow apart
     because they are given different tokens. Raises CheckpointError, DataError or RunError; nothing is left then.
     """
-    loaded, _ = load_newest(run.checkpoints_path, expect=run.config().model, prefix="model.")
+    dense = run.config().model
+    experts = config.model.mlp
+    if not isinstance(experts, MoeSpec):
+        raise ConfigError("the model to make has no experts; leave model.* as it is")
+    expected = upcycled(dense, num_experts=experts.num_experts, top_k=experts.top_k)
+    shapes = {parameter.name: parameter.shape for parameter in expected.parameters()}
+    different = {
+        parameter.name: parameter.shape for parameter in config.model.parameters()
+    }.items() ^ shapes.items()
+    if different:
+        raise ConfigError(
+            f"the settings make another model than {run.name} with {experts.num_experts} experts in every layer: "
+            f"{min(different)[0]} differs. Leave model.* as it is"
+        )
+    loaded, _ = load_newest(run.checkpoints_path, expect=dense, prefix="model.")
     return run_from_weights(
         config,
         _parameters(config, loaded),
         tokenizer=run.tokenizer_path,
         keep_companions=partial(keep_companions, run.tokenizer_path),
-        origin=f"{run.name}, step {loaded.step:,}, each MLP copied to {config.model.mlp.num_experts} experts",
+        origin=f"{run.name}, step {loaded.step:,}, each MLP copied to {experts.num_experts} experts",
         runs_directory=runs_directory,
         name=name,
         progress=progress,

@@ -2,6 +2,7 @@
 so that help is instant: no torch, no pydantic, no rich until a command asks for them.
 """
 
+import errno
 import sys
 
 import typer
@@ -90,11 +91,23 @@ def main() -> None:
     except ColossusError as error:
         _complain(str(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        _complain(f"{str(error.filename)[:100]!r} cannot be a file: {error.strerror}")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def printable(message: str) -> str:
+    """Without what would steer a terminal or cannot be written: names out of files can have anything in them."""
+    shown = (one if one.isprintable() or one in "\n\t" else repr(one)[1:-1] for one in message)
+    return "".join(shown)
+
+
 def _complain(message: str) -> None:
+    message = printable(message)
     if not sys.stderr.isatty():
         print(f"error: {message}", file=sys.stderr)  # as it is: what reads a pipe wants no folded lines
         return

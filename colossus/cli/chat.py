@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from colossus.cli.options import RunsOption
-from colossus.errors import ConfigError
+from colossus.errors import ColossusError
 
 if TYPE_CHECKING:
     from colossus.generate import LoadedModel, Sampling
@@ -91,7 +91,7 @@ def _converse(loaded: "LoadedModel", form: "ChatFormat", sampling: "Sampling", s
         asked = [*messages, {"role": "user", "content": said}]
         try:
             ids, num_dropped = form.fit(asked, room)
-        except ConfigError as error:
+        except ColossusError as error:
             typer.secho(f"error: {error}", err=True)
             continue
         if num_dropped:

@@ -74,6 +74,8 @@ def generate(
     many = None if prompts is None else _read_prompts(prompts)
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"cannot write {out}: there is no directory {out.absolute().parent}")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"cannot write {out}: it is a directory")
     from colossus.generate import Sampling, load_model
     from colossus.generate import generate as pieces
 

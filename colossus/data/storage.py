@@ -31,13 +31,20 @@ def temporary_name(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a small file: temporary, fsync, rename."""
+    """Writes a small file: temporary, fsync, rename. What is no file, as /dev/null, is written to and stays."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     temporary = temporary_name(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def hash_file(path: Path) -> str:

@@ -6,8 +6,9 @@ it.
 """
 
 import codecs
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -273,6 +274,17 @@ class StreamingDecoder:
         return self._backend.decode(self._seen + self._waiting)[len(before) :]
 
 
+@contextlib.contextmanager
+def _no_panic() -> Iterator[None]:
+    """What the library breaks down over as a DataError. Its panics are no Exceptions, and have no public name."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer broke down: {error}") from None
+
+
 class JsonBackend:
     """A `tokenizer.json` in the `tokenizers` library."""
 
@@ -285,7 +297,8 @@ class JsonBackend:
             # Only a token marked special can be kept from matching text, below.
             for token in description.get("added_tokens") or ():
                 token["special"] = token["special"] or token["content"] == end_text
-            self._library = Library.from_str(json.dumps(description))
+            with _no_panic():
+                self._library = Library.from_str(json.dumps(description))
         except DataError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -303,7 +316,8 @@ class JsonBackend:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text."""
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _no_panic():
+            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -328,7 +342,8 @@ class JsonBackend:
             self._plain.no_truncation()
             self._plain.no_padding()
             self._plain.encode_special_tokens = True
-        return np.array(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        with _no_panic():
+            return np.array(self._plain.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def id_of(self, spelling: str) -> int | None:
         """By the vocabulary and the added tokens."""
@@ -369,6 +384,8 @@ class SentencePieceBackend:
     def __init__(self, content: bytes, where: str, beside: Beside) -> None:
         import sentencepiece
 
+        if not content:
+            raise DataError(f"{where} is neither a tokenizer.json nor a SentencePiece model: it is empty")
         try:
             self._library = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = int(self._library.vocab_size())
@@ -376,7 +393,7 @@ class SentencePieceBackend:
             raise DataError(
                 f"{where} is neither a tokenizer.json nor a SentencePiece model: {error}"
             ) from error
-        if not content or not self.vocab_size:
+        if not self.vocab_size:
             raise DataError(f"{where} is neither a tokenizer.json nor a SentencePiece model: it is empty")
         self.end_of_document = int(self._library.eos_id())
         self.end_told_beside = False

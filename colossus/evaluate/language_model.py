@@ -15,10 +15,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from colossus.data import IGNORED, Progress, SilentProgress
 from colossus.errors import ConfigError
-from colossus.evaluate.chat import render
 from colossus.evaluate.score import score
 from colossus.generate import LoadedModel, Sampling
 from colossus.generate.engine import Engine, Row
+from colossus.generate.template import render
 from colossus.generate.text import TextWriter
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]

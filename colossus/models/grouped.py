@@ -30,7 +30,10 @@ def _aligned(weight: Tensor) -> bool:
 def _multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     made = x.new_empty(x.shape[0], weight.shape[1])
     for expert, start, end in _spans(ends):
-        torch.mm(x[start:end], weight[expert].t(), out=made[start:end])
+        if _has_kernel_for_each_shape(x):
+            made[start:end] = torch.mm(_padded(x[start:end]), weight[expert].t())[: end - start]
+        else:
+            torch.mm(x[start:end], weight[expert].t(), out=made[start:end])
     return made
 
 
@@ -39,8 +42,27 @@ def _sum(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """Each expert's gradientᵀ · x: (num_experts, outputs, inputs)."""
     made = x.new_zeros(len(ends), gradient.shape[1], x.shape[1])
     for expert, start, end in _spans(ends):
-        torch.mm(gradient[start:end].t(), x[start:end], out=made[expert])
+        left, right = gradient[start:end], x[start:end]
+        if _has_kernel_for_each_shape(x):
+            left, right = _padded(left), _padded(right)
+        torch.mm(left.t(), right, out=made[expert])
     return made
+
+
+_ROWS = 64
+
+
+def _has_kernel_for_each_shape(x: Tensor) -> bool:
+    """bfloat16 on a CPU: its library makes a kernel for each shape that it meets and keeps a thousand of them, 0.5 MB
+    each; and the rows of an expert are others in every step."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """With rows of 0 up to a multiple of `_ROWS`: few shapes, and the same sums."""
+    padded = rows.new_zeros(-(-rows.shape[0] // _ROWS) * _ROWS, rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    return padded
 
 
 def _spans(ends: Tensor) -> list[tuple[int, int, int]]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _STYLES: dict[State, str] = {
     "starting": "cyan", "running": "cyan", "finished": "green", "interrupted": "yellow", "diverged": "red",
-    "crashed": "red",
+    "crashed": "red", "new": "cyan",
 }  # fmt: skip
 
 
@@ -168,6 +168,8 @@ def _next(run: RunDirectory, state: State) -> str:
     match state:
         case "crashed" | "interrupted":
             return f"go on: colossus train --resume {run.path}"
+        case "new":
+            return f"train it: colossus train --resume {run.path}"
         case "running" | "starting":
             holder = run.holder()
             return (

@@ -28,7 +28,10 @@ from colossus.observe.readme import readme
 from colossus.spec.config import from_toml, to_toml
 from colossus.spec.run import RunConfig
 
-State = Literal["starting", "running", "finished", "interrupted", "diverged", "crashed"]
+State = Literal["starting", "running", "finished", "interrupted", "diverged", "crashed", "new"]
+"""`new`: made of another's weights and not trained yet."""
+
+ORIGIN_NAME = "started_from.txt"
 
 _ENDS: dict[str, State] = {"interrupted": "interrupted", "diverged": "diverged"}
 DEFAULT_RUNS = Path("runs")
@@ -226,6 +229,8 @@ class RunDirectory:
         if self.is_locked():
             # Until its first step, a process that resumes has only its predecessor's marks in the log.
             return "running" if last is not None and last.time_s >= self._locked_since_s() else "starting"
+        if last is None and (self.path / ORIGIN_NAME).is_file():
+            return "new"
         if not isinstance(last, RunFinished):
             return "crashed"
         return _ENDS.get(last.reason, "finished")

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from colossus.errors import ConfigError
+from colossus.errors import ColossusError
 from colossus.generate.chat import chat_format
 from colossus.generate.generate import prompt_ids
 from colossus.generate.load import LoadedModel
@@ -73,7 +73,10 @@ def build_app(loaded: LoadedModel, worker: Worker, *, local: bool = True) -> Sta
     def token_ids(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             check_text(prompt, "prompt")
-            return prompt_ids(tokenizer, prompt, loaded.borders)
+            try:
+                return prompt_ids(tokenizer, prompt, loaded.borders)
+            except ColossusError as error:
+                raise RequestError(400, str(error), param="prompt") from None
         if not prompt or not all(0 <= token < tokenizer.vocab_size for token in prompt):
             raise RequestError(
                 400,
@@ -106,7 +109,7 @@ def build_app(loaded: LoadedModel, worker: Worker, *, local: bool = True) -> Sta
             check_text(message["content"], f"messages.{i}.content")
         try:
             ids = await asyncio.to_thread(conversation.ids, messages)
-        except ConfigError as error:
+        except ColossusError as error:
             raise RequestError(400, str(error), param="messages") from None
         max_tokens = room(ids, asked.asked_tokens, "messages")
         num_logprobs = (asked.top_logprobs or 0) if asked.logprobs else None

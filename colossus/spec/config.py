@@ -42,7 +42,7 @@ def from_toml(text: str) -> RunConfig:
     """Reads a configuration. Raises ConfigError, one line for each thing that is wrong."""
     try:
         plain = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
         raise ConfigError(f"not a TOML file: {error}") from None
     return validated(RunConfig, plain)
 
@@ -189,7 +189,7 @@ def _parse_value(annotation: Any, text: str) -> Any:
         return False
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or a number of thousands of digits
         return _number_or_text(annotation, text)
     if set(parsed) != {"value"} or (str in choices(annotation) and not isinstance(parsed["value"], str)):
         return text

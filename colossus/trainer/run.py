@@ -201,7 +201,7 @@ def _rebudget(before: Duration, budget: Duration, progress: RunProgress) -> Deci
     if budget.done(progress) >= 1:
         raise ConfigError(
             f"the run has trained {progress.steps:,} steps ({progress.tokens:,} tokens, {progress.seconds:.0f} s, "
-            f"{progress.cpu_seconds:.0f} s of CPU time) already, so {budget.describe()} in all leave nothing to train"
+            f"{progress.cpu_seconds:.0f} s of CPU time) already, so nothing is left of {budget.describe()} in all"
         )
     return Decision(
         what="budget",

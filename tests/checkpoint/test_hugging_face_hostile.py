@@ -247,6 +247,34 @@ def edited(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> 
     return directory
 
 
+def test_a_tied_head_that_is_stored_must_be_the_embedding(directory: Path) -> None:
+    def head(factor: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        return lambda tensors: tensors.update(
+            {"lm_head.weight": factor * tensors["model.embed_tokens.weight"]}
+        )
+
+    if not SPEC.tied_embeddings:
+        change(directory / "config.json", tie_word_embeddings=True)
+        edited(directory, lambda tensors: tensors.pop("lm_head.weight") and None)
+    read_all(open_directory(edited(directory, head(1))))
+    refused(edited(directory, head(2)), "lm_head.weight that is not model.embed_tokens.weight")
+
+
+def test_names_that_no_file_system_takes(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    record = json.loads(index.read_text())
+    first = next(iter(record["weight_map"]))
+    for name, sentence in (("x" * 5000 + ".safetensors", "cannot be"), ("x\udc80.safetensors", "missing")):
+        record["weight_map"][first] = name
+        index.write_text(json.dumps(record))
+        refused(sharded, sentence)
+
+
+def test_formats_that_are_not_read_are_named(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "model-q4.gguf")
+    refused(directory, "model-q4.gguf is of a format that Colossus does not read")
+
+
 def test_missing_extra_and_misshapen_tensors_are_named(directory: Path) -> None:
     def spoil(content: dict[str, torch.Tensor]) -> None:
         del content["model.layers.1.self_attn.q_proj.weight"]

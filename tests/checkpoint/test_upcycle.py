@@ -74,6 +74,17 @@ def test_impossible_numbers_are_refused(num_experts: int, top_k: int) -> None:
         upcycled(tiny(), num_experts=num_experts, top_k=top_k)
 
 
+def test_settings_that_make_another_model_are_refused(tmp_path: Path) -> None:
+    run = dense_run(tmp_path, scrambled(DENSE["swiglu"]))
+    model = upcycled(DENSE["swiglu"], num_experts=4, top_k=1)
+    for change in ({"num_layers": 5}, {"mlp": DENSE["swiglu"].mlp}):
+        with pytest.raises(ConfigError, match=r"Leave model.\* as it is|leave model.\* as it is"):
+            upcycle_run(
+                run, continued(model.model_copy(update=change)), runs_directory=tmp_path, name="other"
+            )
+    assert [path.name for path in tmp_path.glob("other*")] == []
+
+
 def test_a_mixture_is_not_upcycled() -> None:
     with pytest.raises(ConfigError, match="a mixture of experts already"):
         upcycled(VARIETIES["mixture"], num_experts=4, top_k=2)

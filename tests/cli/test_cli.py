@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from colossus.cli import main
+from colossus.cli import main, printable
 from colossus.cli.options import split_weight
 from colossus.events import RunFinished
 from colossus.spec.config import from_toml, to_toml
@@ -328,3 +328,20 @@ def test_recipes_are_listed_with_what_they_say(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(sys.modules, "recipes", SimpleNamespace(RECIPES={"small": small}))
     assert run_main(monkeypatch, "recipes") == 0
     assert capsys.readouterr().out == "small  A small one.\n"
+
+
+def test_what_steers_a_terminal_is_shown_and_not_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printable("a\x1b[31mb\nü\ud800\u202e") == "a\\x1b[31mb\nü\\ud800\\u202e"
+    assert run_main(monkeypatch, "generate", "x" * 5000, "--prompt", "a") == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_a_number_of_thousands_of_digits_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run_main(monkeypatch, "train", "--set", f"routing.balance_loss={'9' * 5000}", "--print-config") == 2
+    )
+    assert capsys.readouterr().err.startswith("error: routing.balance_loss is ")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from colossus.data import Tokenizer
 from colossus.data.shards import token_dtype
+from colossus.data.storage import write_atomically
 from colossus.data.tokenizer import END_OF_DOCUMENT
 from colossus.errors import DataError
 
@@ -268,3 +270,30 @@ def test_token_dtype_holds_the_vocabulary() -> None:
     assert token_dtype(2**32) == "uint32"
     with pytest.raises(DataError, match="4,294,967,297 entries does not fit"):
         token_dtype(2**32 + 1)
+
+
+def test_patterns_that_never_come_to_an_end_are_an_error(trained: Tokenizer, tmp_path: Path) -> None:
+    path = trained.save(tmp_path)
+    record = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    record["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    path.write_text(json.dumps(record))
+    tokenizer = Tokenizer.load(path)
+    for encode in (tokenizer.encode, tokenizer.encode_without_controls):
+        with pytest.raises(DataError, match="the tokenizer broke down"):
+            encode("a" * 60 + "!")
+        assert tokenizer.decode(encode("b")) == "b"
+
+
+def test_writing_atomically_leaves_devices_and_no_remains(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, b"text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / ("x" * 250), b"text")  # the temporary name is too long
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

@@ -141,13 +141,27 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tokenizer: Token
         ("{% include '/etc/passwd' %}", "wrong or unsafe|fails"),
         ("{% if %}", "wrong or unsafe"),
         ("{{ messages[0].content + 1 }}", "fails with these messages"),
-        ("{% for i in range(10001) %}x{% endfor %}", "counts beyond"),
-        ("{{ 'a' * 1000000000 }}", "multiplies without measure"),
-        ("{{ 9 ** 999999999 }}", "multiplies without measure"),
-        ("{{ 'a'.ljust(1000000000) }}", "more than"),
+        ("{% for i in range(1000000) %}x{% endfor %}", "Range too big"),
+        ("{{ 'a' * 100000000 }}", "more than 20,000,000 characters|takes longer"),
+        ("{{ 'a' * 10000000000 }}", "memory"),
+        ("{{ 9 ** 999999999 }}", "takes longer"),
+        ("{{ 'a'.ljust(10000000000) }}", "memory"),
+        ("{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}", "memory"),
+        ("{{ ('a' * 1000000) | join('b' * 1000000) }}", "memory"),
         (
             "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-            "more than",
+            "memory|takes longer",
+        ),
+        ("{% for a in [1, 2, 3, 4, 5, 6, 7, 8] %}" * 18 + "{% endfor %}" * 18, "takes longer"),
+        (  # lists within lists that are printed, or compared, without a step of the template's own
+            "{% set ns = namespace(d=[1]) %}{% for i in range(60) %}{% set ns.d = [ns.d, ns.d] %}{% endfor %}"
+            "{{ ns.d }}",
+            "memory|takes longer",
+        ),
+        (
+            "{% set ns = namespace(d=[1], e=[1]) %}{% for i in range(60) %}{% set ns.d = [ns.d, ns.d] %}"
+            "{% set ns.e = [ns.e, ns.e] %}{% endfor %}{{ ns.d == ns.e }}",
+            "takes longer",
         ),
         (
             "{% for i in range(10000) %}{% for j in range(10000) %}{% for k in range(9) %}"
@@ -163,6 +177,7 @@ def test_templates_that_are_wrong_or_would_do_harm(
     monkeypatch.setattr("colossus.generate.template.MAX_S", 0.3)
     with pytest.raises(ConfigError, match=words):
         render(template, TALK, {})
+    assert render("{{ messages | length }}", TALK, {}) == str(len(TALK))  # and the next one is served
 
 
 def test_what_templates_expect_is_there() -> None:

@@ -8,10 +8,9 @@ from colossus.checkpoint.hugging_face.card import model_card
 from colossus.checkpoint.hugging_face.new_directory import check_free
 from colossus.checkpoint.hugging_face.write import SHARD_BYTES, Written, write_directory
 from colossus.checkpoint.load import Loaded, Rejected, load, load_newest
-from colossus.checkpoint.new_run import ORIGIN_NAME
 from colossus.data.progress import Progress
 from colossus.errors import CheckpointError, RunError
-from colossus.observe.run_directory import RunDirectory
+from colossus.observe.run_directory import ORIGIN_NAME, RunDirectory
 from colossus.spec.model import Dtype, ModelSpec
 from colossus.zoo.hugging_face import architecture_of
 

@@ -1,6 +1,6 @@
 """Do the files hold the model that config.json describes? Every tensor's source, or sentences on what does not fit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _SHOWN = 3
 _MOST_MISSING = 1000
+_COMPARE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +163,33 @@ def _largest(parts: list[Span]) -> str:
         return ""
     largest = max(parts, key=lambda part: part.num_bytes)
     return f", the largest {largest.name} {list(largest.shape)}"
+
+
+def check_tied(path: Path, tensors: Sequence[StoredTensor], spans: Mapping[str, tuple[Span, ...]]) -> None:
+    """A tied head that is stored all the same must be the embedding: else config.json is wrong, and what the model
+    computes would be, too. Raises CheckpointError."""
+    (head, *_) = spans.get("lm_head.weight", (None,))
+    name = next((one.name for one in tensors if one.parts[0].parameter == "embedding.weight"), None)
+    (embedding, *_) = spans.get(name or "", (None,))
+    if head is None or embedding is None or any(one.name == "lm_head.weight" for one in tensors):
+        return
+    if not _same(head, embedding):
+        raise CheckpointError(
+            f"{path} has a lm_head.weight that is not {name}, and config.json says that they are one "
+            f"(tie_word_embeddings). Set tie_word_embeddings to false there, or take lm_head.weight away"
+        )
+
+
+def _same(one: Span, other: Span) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        left = one.num_bytes
+        while left:
+            count = min(left, _COMPARE_BYTES)
+            if first.read(count) != second.read(count):
+                return False
+            left -= count
+    return True

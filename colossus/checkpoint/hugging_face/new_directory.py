@@ -15,6 +15,8 @@ from colossus.errors import CheckpointError, ConfigError
 
 def check_free(path: Path) -> None:
     """Raises ConfigError unless a new directory can have this name: nothing, or an empty directory, is there."""
+    if next((one for one in path.absolute().parents if one.exists()), path).is_file():
+        raise ConfigError(f"{path} cannot be a directory, as what should hold it is a file")
     if path.is_dir() and not path.is_symlink():
         with contextlib.suppress(OSError):
             if not any(path.iterdir()):
@@ -49,7 +51,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             raise
         sync_directory(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and path.parent.is_dir():
             raise ConfigError(f"{path} was made by someone else meanwhile; give a new directory") from None
         raise CheckpointError(
             f"{path} could not be written: {error.strerror or error}; nothing is left of it. Make its parent "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from colossus.checkpoint.hugging_face.convert import fill
-from colossus.checkpoint.hugging_face.match import Dequantiser, check_size, match
+from colossus.checkpoint.hugging_face.match import Dequantiser, check_size, check_tied, match
 from colossus.checkpoint.hugging_face.sources import Source
 from colossus.checkpoint.hugging_face.weight_files import inside, read_text, spans_of
 from colossus.errors import CheckpointError, ConfigError
@@ -100,6 +100,10 @@ def open_directory(path: Path | str, *, name: str | None = None) -> Directory:
     CheckpointError where the files are damaged, unsafe to open, or do not hold the model that it describes.
     """
     path = Path(path)
+    if path.is_file():
+        raise ConfigError(
+            f"{path} is a file; give the directory that holds config.json and .safetensors files"
+        )
     if not path.is_dir():
         raise ConfigError(
             f"there is no directory {path}; give one that holds config.json and .safetensors files"
@@ -113,6 +117,7 @@ def open_directory(path: Path | str, *, name: str | None = None) -> Directory:
     spans = spans_of(path, architecture)
     check_size(path, model, spans)
     tensors, sources = match(path, architecture, model, spans, dequantise)
+    check_tied(path, tensors, spans)
     return Directory(
         path, config, architecture, model, tensors, sources, _tokenizer(path), _chat_template(path)
     )

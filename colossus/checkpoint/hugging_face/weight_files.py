@@ -14,6 +14,7 @@ from colossus.zoo.hugging_face import Architecture
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_OTHER_SUFFIXES = {".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 _MOST_INDEX_BYTES = 200_000_000
 _MOST_TEXT_BYTES = 64_000_000
 _RANK = re.compile(r".*-TP-(\d{3})\.safetensors")
@@ -56,9 +57,13 @@ def spans_of(directory: Path, architecture: Architecture) -> dict[str, tuple[Spa
 def inside(directory: Path, name: str) -> Path | None:
     """The file of a directory, if it is there. Raises CheckpointError for a link that leads elsewhere."""
     path = directory / name
-    if not path.exists():
-        return None
-    real, home = path.resolve(), directory.resolve()
+    try:
+        if not path.exists():
+            return None
+        real, home = path.resolve(), directory.resolve()
+    except (OSError, ValueError) as error:  # such as a name that no file system takes
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{directory} names a file {name[:60]!r}, which cannot be: {reason}") from None
     homes = [home]
     if home.parent.name == "snapshots":  # of the hub's own cache, whose snapshots are links to its blobs
         homes.append(home.parents[1] / "blobs")
@@ -151,13 +156,16 @@ def _check_plain(index: Path, name: str) -> None:
 
 def _nothing(directory: Path) -> str:
     try:
-        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+        names = sorted(path.name for path in directory.iterdir())
     except OSError as error:
         return f"{directory} cannot be read: {error.strerror}"
+    pickles = [name for name in names if Path(name).suffix in _PICKLE_SUFFIXES]
+    others = [name for name in names if Path(name).suffix in _OTHER_SUFFIXES]
     if not pickles:
-        return (
+        nothing = (
             f"{directory} has no weights: there is no {SINGLE_NAME}, {INDEX_NAME} or other .safetensors file"
         )
+        return f"{nothing}. {others[0]} is of a format that Colossus does not read" if others else nothing
     more = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
     return (
         f"the weights in {directory} are pickles ({pickles[0]}{more}), which can run code when they are opened, so "

@@ -33,9 +33,6 @@ BLOCK_QUERIES = 512
 """Queries of one block, where long attention has no fused kernel; as in models/attend.py."""
 LIBRARY_BYTES = 24 * 2**20
 """Scratch memory that the matmul libraries take at their first large products and keep (measured: 17 to 33 MB)."""
-KERNELS_BYTES = 600 * 2**20
-"""What oneDNN's cache of 1024 kernels, one for each shape of matmul, comes to where shapes differ at every step: those
-of experts' rows in bfloat16 on a CPU (measured on one mixture of 9 million parameters, which levelled off there)."""
 SAVING_BYTES = 8 * 2**20
 """The buffer through which a checkpoint is written."""
 FRAGMENTATION = 0.42
@@ -56,7 +53,7 @@ def step_memory(config: RunConfig, machine: Machine, dtype: Dtype, micro_batch: 
         optimizer_bytes=optimizer,
         activation_bytes=held.activation_bytes,
         loss_bytes=held.loss_bytes,
-        workspace_bytes=held.workspace_bytes + LIBRARY_BYTES + _kernel_bytes(model, machine, dtype),
+        workspace_bytes=held.workspace_bytes + LIBRARY_BYTES,
         fragmentation_bytes=int(FRAGMENTATION * held.total_bytes),
         checkpoint_bytes=weights - _buffer_bytes(model) + optimizer + SAVING_BYTES,
     )
@@ -108,11 +105,6 @@ def _moments(config: RunConfig, dtype: Dtype, micro_batch: int, chunk: int) -> I
         workspace_bytes=_layer_transient_bytes(model, first, shape),
     )
     yield _Moment(gradient_bytes=gradients + sparse, workspace_bytes=_optimizer_work_bytes(config, dtype))
-
-
-def _kernel_bytes(model: ModelSpec, machine: Machine, dtype: Dtype) -> int:
-    is_mixture = any(isinstance(group.mlp, MoeSpec) for group in model.layer_groups())
-    return KERNELS_BYTES if is_mixture and machine.kind == "cpu" and dtype == "bfloat16" else 0
 
 
 def _buffer_bytes(model: ModelSpec) -> int:

@@ -1,5 +1,6 @@
 """Which architecture holds a model, and which model a config.json describes."""
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -143,9 +144,10 @@ def architecture_in(config: Mapping[str, Any]) -> Architecture:
         return GROK_2 if is_grok_2(Fields(config)) else GROK_1
     if not found:
         known = sorted({one.name for one in ARCHITECTURES})
-        raise ConfigError(
-            f"the architecture is {shown(named[0])}, unknown to Colossus.{did_you_mean(named[0][:60], known)}"
-        )
+        # By their common endings alone any two names are half alike.
+        close = difflib.get_close_matches(named[0][:60], known, n=1, cutoff=0.85)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+        raise ConfigError(f"the architecture is {shown(named[0])}, unknown to Colossus. {hint}")
     return found[0]
 
 
