@@ -35,7 +35,7 @@ def upcycled(model: ModelSpec, *, num_experts: int, top_k: int) -> ModelSpec:
         raise ConfigError(f"asked for {num_experts:,} experts; there may be 2 to {MAX_EXPERTS:,}")
     if not 1 <= top_k <= num_experts:
         raise ConfigError(
-            f"asked for {top_k} of {num_experts} experts for each token; a token goes through 1 to {num_experts}"
+            f"asked for {num_experts} experts, {top_k} for each token; a token goes through 1 to {num_experts} of them"
         )
     experts = MoeSpec(
         num_experts=num_experts,

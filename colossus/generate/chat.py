@@ -43,6 +43,12 @@ class ChatFormat:
             if message["role"] not in ROLES:
                 raise ConfigError(f"the role is {message['role']!r}; known: {', '.join(ROLES)}")
         spoken = "".join(message["content"] for message in messages)
+        for message in messages:
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError as error:  # a terminal hands over wrong bytes as half surrogates
+                before = message["content"][: error.start][-20:]
+                raise ConfigError(f"a message is not UTF-8 text: a wrong byte after {before!r}") from None
         mark = next((one for one in _BREAKS if one not in spoken), None)
         if mark is None:
             raise ConfigError("the messages have all of the characters U+FDD0 to U+FDEF, which no text has")

@@ -59,7 +59,8 @@ def render(
 
 def _ask(request: str) -> dict[str, str]:
     process = _running()
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     end_s = time.monotonic() + MAX_S
     timer = threading.Timer(MAX_S, process.kill)
     timer.start()

@@ -1,9 +1,9 @@
 """Renders chat templates for template.py, which runs this file as a process of its own: a JSON request a line comes
 in, a JSON answer a line goes out.
 
-A template is someone else's program. Jinja's sandbox keeps it from everything but its values; the operating system keeps
-this process from more memory than a template can need; who asks keeps the clock. Nothing of Colossus is imported, so
-that the process is there at once.
+A template is someone else's program. Jinja's sandbox keeps it from everything but its values; the operating system
+keeps this process from more memory than a template can need; who asks keeps the clock. Nothing of Colossus is
+imported, so that the process is there at once.
 """
 
 import contextlib

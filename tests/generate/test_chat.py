@@ -143,11 +143,11 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tokenizer: Token
         ("{{ messages[0].content + 1 }}", "fails with these messages"),
         ("{% for i in range(1000000) %}x{% endfor %}", "Range too big"),
         ("{{ 'a' * 100000000 }}", "more than 20,000,000 characters|takes longer"),
-        ("{{ 'a' * 10000000000 }}", "memory"),
+        ("{{ 'a' * 10000000000 }}", "memory|takes longer"),
         ("{{ 9 ** 999999999 }}", "takes longer"),
-        ("{{ 'a'.ljust(10000000000) }}", "memory"),
-        ("{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}", "memory"),
-        ("{{ ('a' * 1000000) | join('b' * 1000000) }}", "memory"),
+        ("{{ 'a'.ljust(10000000000) }}", "memory|takes longer"),
+        ("{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}", "memory|takes longer"),
+        ("{{ ('a' * 1000000) | join('b' * 1000000) }}", "memory|takes longer"),
         (
             "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
             "memory|takes longer",
@@ -187,3 +187,9 @@ def test_what_templates_expect_is_there() -> None:
     )
     written = render(template, [TALK[0], {"role": "user", "content": "ü<"}], {"bos_token": "B"})
     assert written == '{"role": "user", "content": "ü<"}4B'
+
+
+def test_a_message_of_wrong_bytes_is_refused(tokenizer: Tokenizer) -> None:
+    wrong = b"caf\xe9".decode("utf-8", "surrogateescape")  # as a terminal hands it over
+    with pytest.raises(ConfigError, match="not UTF-8 text: a wrong byte after 'caf'"):
+        form(tokenizer).ids([{"role": "user", "content": wrong}])

@@ -13,6 +13,7 @@ from colossus.observe.run_directory import RunDirectory
 from colossus.spec.model import Dtype
 from colossus.spec.run import RunConfig
 from colossus.units import format_count
+from colossus.zoo.hugging_face import architecture_of
 
 
 def model_card(
@@ -57,13 +58,24 @@ def model_card(
         "",
         "| | |", "|---|---|", *(f"| {what} | {_cell(fact)} |" for what, fact in rows), "",
         _opening(run), "",
-        "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'tokenizer = AutoTokenizer.from_pretrained("this directory")',
-        'model = AutoModelForCausalLM.from_pretrained("this directory")', "```", "",
+        *_how_to_load(config), "",
         f"Written by `colossus export` of Colossus {_version()} from step {step:,} of the run `{run.name}`; train it "
         f"on with `colossus import`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _how_to_load(config: RunConfig) -> list[str]:
+    if not architecture_of(config.model).in_transformers:
+        return ["```sh", 'vllm serve "this directory"   # transformers has no such architecture', "```"]
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("this directory")',
+        'model = AutoModelForCausalLM.from_pretrained("this directory")',
+        "```",
+    ]
 
 
 def _opening(run: RunDirectory) -> str:

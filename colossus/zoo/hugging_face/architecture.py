@@ -19,7 +19,7 @@ def _same_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One class of models in `transformers` and vLLM."""
+    """One class of models, as `transformers`, vLLM and SGLang know it."""
 
     name: str
     """As in `architectures` of a config.json: `LlamaForCausalLM`."""
@@ -33,6 +33,8 @@ class Architecture:
     """Names, as a regular expression, of stored tensors that carry no weight of the model."""
     canonical: Callable[[str], str] = _same_name
     """A name as some files write it, to the one that `tensors` has for it."""
+    in_transformers: bool = True
+    """Whether `transformers` has it; Grok's are in vLLM and SGLang alone."""
     has_extra_layers: bool = False
     """Files may hold a layer after the last, which predicts a second token and is not part of the model."""
 

@@ -244,5 +244,9 @@ def _weights(name: str) -> str:
     return name.removesuffix("scale") + "weight" if name.endswith("norm.scale") else name
 
 
-GROK_1 = Architecture("Grok1ModelForCausalLM", "grok-1", _read_1, _write_1, _tensors_1, canonical=_scales)
-GROK_2 = Architecture("Grok1ForCausalLM", "git", _read_2, _write_2, _tensors_2, canonical=_weights)
+GROK_1 = Architecture(
+    "Grok1ModelForCausalLM", "grok-1", _read_1, _write_1, _tensors_1, canonical=_scales, in_transformers=False
+)
+GROK_2 = Architecture(
+    "Grok1ForCausalLM", "git", _read_2, _write_2, _tensors_2, canonical=_weights, in_transformers=False
+)
