@@ -116,13 +116,17 @@ def _read_prompts(path: Path) -> list[str]:
     """One prompt a line, or the field `prompt` of each line of a .jsonl. Raises ConfigError with the line."""
     from json import loads
 
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--prompts {path} is not a file; give one with a prompt on each line")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"cannot read --prompts {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts {path} is not UTF-8 text, from byte {error.start} on") from None
-    lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")] if content else []
+    if not content.strip():
+        raise ConfigError(f"--prompts {path} is empty; put a prompt on each line")
+    lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")]
     if path.suffix != ".jsonl":
         return lines
     found = []
