@@ -78,7 +78,8 @@ def _rope(rope: RopeSpec) -> str:
     if rope.scaling is None:
         return text
     kind = {"llama3": "Llama 3's way", "yarn": "YaRN"}[rope.scaling.kind]
-    return f"{text}, stretched {rope.scaling.factor:g} times from {rope.scaling.original_context_tokens:,} tokens ({kind})"
+    before = rope.scaling.original_context_tokens
+    return f"{text}, stretched {rope.scaling.factor:g} times from {before:,} tokens ({kind})"
 
 
 def _feed_forward(model: ModelSpec) -> str:

@@ -241,7 +241,8 @@ def test_a_file_of_prompts(
     ("content", "arguments", "sentence"),
     [
         (b"", ("--prompt", "b"), "--prompt and --prompts contradict"),
-        (b"", ("--out", "/nowhere/at/all.jsonl"), "there is no directory /nowhere/at"),
+        (b'{"prompt": "a"}', ("--out", "/nowhere/at/all.jsonl"), "there is no directory /nowhere/at"),
+        (b"\n", (), "is empty; put a prompt on each line"),
         (b"\xff", (), "is not UTF-8 text, from byte 0 on"),
         (b'{"prompt": "a"}\n{"prompt": 3}', (), 'line 2 has no text under "prompt"'),
         (b'{"prompt": "a"}\n{', (), "line 2 is not JSON"),
