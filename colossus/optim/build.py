@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from colossus.models.moe import MixtureOfExperts
 from colossus.optim.balancing import Balancing
 from colossus.optim.muon import Muon, polynomials
 from colossus.optim.row_adagrad import RowAdagrad, rows_and_values
@@ -62,8 +61,10 @@ def build_optimizers(
     if "sparse_embedding" in by_role:
         optimizers.append(RowAdagrad(by_role["sparse_embedding"], lr=config.sparse_learning_rate))
     if "balance" in by_role:
-        mixtures = [m for m in model.modules() if isinstance(m, MixtureOfExperts) and m.balance is not None]
-        optimizers.append(Balancing({m.balance: m.load for m in mixtures}, lr=balancing_step))
+        names = [parameter.name for parameter in spec.parameters() if parameter.role == "balance"]
+        # Beside each bias stands the load that moves it.
+        loads = {parameters[name]: model.get_buffer(f"{name.removesuffix('balance')}load") for name in names}
+        optimizers.append(Balancing(loads, lr=balancing_step))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
