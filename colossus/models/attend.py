@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 512
 """Up to this length a CPU computes attention faster by three plain operations than by the fused kernel, whose
-blocking costs more than it saves while the scores still fit the cache (benchmarks/throughput.md)."""
+blocking costs more than it saves while the scores still fit the cache (docs/LOG.md)."""
 
 _BLOCK_QUERIES = 512
 """Queries whose scores stand in memory at once where no fused kernel can be used."""

@@ -87,7 +87,8 @@ class AttentionSpec(Frozen):
     score_soft_cap: PositiveFloat | None = None
     """Scores become `cap · tanh(scores / cap)` before the softmax."""
     score_temperature_tokens: Annotated[int, Field(ge=2)] | None = None
-    """Scores of a query at position p beyond it are multiplied by ln(p) / ln(`score_temperature_tokens`)."""
+    """Scores of a query at position p of its document beyond it are multiplied, after the cap, by ln(p) /
+    ln(`score_temperature_tokens`)."""
     window: WindowSpec | None = None
     sinks: bool = False
     """A learned score per head that takes part in the softmax and adds nothing: a head may attend to nothing."""
