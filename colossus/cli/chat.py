@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from colossus.cli.options import RunsOption
+from colossus.cli.options import (
+    ModelArgument,
+    RunsOption,
+    SamplingSeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
 from colossus.errors import ColossusError
 
 if TYPE_CHECKING:
@@ -24,27 +32,14 @@ While it runs: /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C s
 
 
 def chat(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_DIR", help="A run's directory, its name, 'latest', or a Hugging Face directory."
-        ),
-    ],
+    model: ModelArgument,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer at the most.")] = 512,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="0: always the likeliest token; 1: as the model says.")
-    ] = 0.7,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Choose among the likeliest that together make up P.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed writes the same text.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Stop before it. Repeatable.")
-    ] = None,
+    temperature: TemperatureOption = 0.7,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    seed: SamplingSeedOption = None,
+    stop: StopOption = None,
     runs: RunsOption = Path("runs"),
 ) -> None:
     """Talk with a model, by its own chat template; a model that has none continues a transcript."""

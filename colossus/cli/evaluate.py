@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from colossus.cli.options import JsonOption, RunsOption, TextFieldOption
+from colossus.cli.options import (
+    JsonOption,
+    ModelArgument,
+    RunsOption,
+    TextFieldOption,
+)
 from colossus.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,12 +32,7 @@ Tasks are lm-eval's: its own by name, yours as .yaml files, which may run Python
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_DIR", help="A run's directory, its name, 'latest', or a Hugging Face directory."
-        ),
-    ],
+    model: ModelArgument,
     data: Annotated[
         list[str] | None,
         typer.Option(

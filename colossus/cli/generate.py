@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from colossus.cli.options import JsonOption, RunsOption
+from colossus.cli.options import (
+    JsonOption,
+    ModelArgument,
+    RunsOption,
+    SamplingSeedOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
 from colossus.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,12 +34,7 @@ Examples:
 
 
 def generate(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_DIR", help="A run's directory, its name, 'latest', or a Hugging Face directory."
-        ),
-    ],
+    run: ModelArgument,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the model goes on from.")] = "",
     prompts: Annotated[
         Path | None,
@@ -46,19 +50,11 @@ def generate(
         int, typer.Option(metavar="N", min=1, help="How many of them are written at once.")
     ] = 16,
     max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to write at the most.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(metavar="T", help="0: always the likeliest token; 1: as the model says.")
-    ] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Choose among the likeliest that together make up P.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="The same seed writes the same text.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Stop before it. Repeatable.")
-    ] = None,
+    temperature: TemperatureOption = 0.8,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    seed: SamplingSeedOption = None,
+    stop: StopOption = None,
     num_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Write so many texts.")] = 1,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Show text while it is written, or when it is whole.")

@@ -6,10 +6,16 @@ from typing import Annotated
 import typer
 
 from colossus.cli.options import (
+    CpuSecondsOption,
     DataOption,
     JsonOption,
+    MinutesOption,
+    RunNameOption,
     RunsOption,
+    SettingsOption,
+    StepsOption,
     TextFieldOption,
+    TokensOption,
     budget_settings,
     data_settings,
 )
@@ -37,26 +43,14 @@ def import_(
         Path | None,
         typer.Option(metavar="FILE", help="Use this tokenizer in place of the directory's."),
     ] = None,
-    steps: Annotated[str | None, typer.Option(metavar="N", help="Train for so many steps.")] = None,
-    tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="... for so many tokens: 500k, 10M, 1.5B.")
-    ] = None,
-    minutes: Annotated[
-        str | None, typer.Option(metavar="N", help="... for so many minutes of wall time.")
-    ] = None,
-    cpu_seconds: Annotated[
-        str | None,
-        typer.Option(metavar="N", help="... until the process has used so many seconds of CPU time."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the run. Repeatable."),
-    ] = None,
+    steps: StepsOption = None,
+    tokens: TokensOption = None,
+    minutes: MinutesOption = None,
+    cpu_seconds: CpuSecondsOption = None,
+    settings: SettingsOption = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Decides the sample order.")] = None,
     runs: RunsOption = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run's directory is NAME-001, -002, …")
-    ] = None,
+    name: RunNameOption = None,
     json: JsonOption = False,
 ) -> None:
     """Make a run from the weights of a Hugging Face directory, to train it on.

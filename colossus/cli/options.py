@@ -35,6 +35,39 @@ TokenizerOption = Annotated[
 VocabSizeOption = Annotated[
     int | None, typer.Option("--vocab-size", metavar="N", help="Entries of the tokenizer that is learned.")
 ]
+StepsOption = Annotated[str | None, typer.Option(metavar="N", help="Train for so many steps.")]
+TokensOption = Annotated[
+    str | None, typer.Option(metavar="N", help="... for so many tokens: 500k, 10M, 1.5B.")
+]
+MinutesOption = Annotated[str | None, typer.Option(metavar="N", help="... for so many minutes of wall time.")]
+CpuSecondsOption = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="... until the process has used so many seconds of CPU time."),
+]
+RunNameOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The run's directory is NAME-001, -002, …")
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_DIR", help="A run's directory, its name, 'latest', or a Hugging Face directory."
+    ),
+]
+TopKOption = Annotated[int | None, typer.Option(metavar="K", help="Choose among the K likeliest tokens.")]
+TopPOption = Annotated[
+    float | None, typer.Option(metavar="P", help="Choose among the likeliest that together make up P.")
+]
+TemperatureOption = Annotated[
+    float, typer.Option(metavar="T", help="0: always the likeliest token; 1: as the model says.")
+]
+SamplingSeedOption = Annotated[
+    int | None, typer.Option(metavar="N", help="The same seed writes the same text.")
+]
+StopOption = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Stop before it. Repeatable.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the run. Repeatable."),
+]
 RunsOption = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Directory that holds the runs.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object to stdout; everything else goes to stderr.")

@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
-from colossus.cli.options import RunsOption
+from colossus.cli.options import (
+    ModelArgument,
+    RunsOption,
+)
 from colossus.errors import ConfigError
 
 EPILOG = """\b
@@ -17,12 +20,7 @@ Examples:
 
 
 def serve(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN_OR_DIR", help="A run's directory, its name, 'latest', or a Hugging Face directory."
-        ),
-    ],
+    model: ModelArgument,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Where to listen. Only this machine reaches 127.0.0.1.")
     ] = "127.0.0.1",

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from colossus.cli.options import (
+    CpuSecondsOption,
     DataOption,
     JsonOption,
+    MinutesOption,
+    RunNameOption,
     RunsOption,
+    StepsOption,
     TextFieldOption,
     TokenizerOption,
+    TokensOption,
     VocabSizeOption,
     budget_settings,
     data_settings,
@@ -56,17 +61,10 @@ def train(
     text_field: TextFieldOption = None,
     tokenizer: TokenizerOption = None,
     vocab_size: VocabSizeOption = None,
-    steps: Annotated[str | None, typer.Option(metavar="N", help="Train for so many steps.")] = None,
-    tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="... for so many tokens: 500k, 10M, 1.5B.")
-    ] = None,
-    minutes: Annotated[
-        str | None, typer.Option(metavar="N", help="... for so many minutes of wall time.")
-    ] = None,
-    cpu_seconds: Annotated[
-        str | None,
-        typer.Option(metavar="N", help="... until the process has used so many seconds of CPU time."),
-    ] = None,
+    steps: StepsOption = None,
+    tokens: TokensOption = None,
+    minutes: MinutesOption = None,
+    cpu_seconds: CpuSecondsOption = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,9 +75,7 @@ def train(
         int | None, typer.Option(metavar="N", help="Decides initial weights and sample order.")
     ] = None,
     runs: RunsOption = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run's directory is NAME-001, -002, …")
-    ] = None,
+    name: RunNameOption = None,
     resume: Annotated[
         str | None,
         typer.Option(metavar="RUN", help="Go on with this run: its directory, its name, or 'latest'."),

@@ -8,8 +8,13 @@ import typer
 from colossus.cli.options import (
     DataOption,
     JsonOption,
+    MinutesOption,
+    RunNameOption,
     RunsOption,
+    SettingsOption,
+    StepsOption,
     TextFieldOption,
+    TokensOption,
     budget_settings,
     data_settings,
 )
@@ -28,21 +33,12 @@ def upcycle(
     top_k: Annotated[int, typer.Option(metavar="K", help="Experts that each token goes through.")] = 2,
     data: DataOption = None,
     text_field: TextFieldOption = None,
-    steps: Annotated[str | None, typer.Option(metavar="N", help="Train for so many steps.")] = None,
-    tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="... for so many tokens: 500k, 10M, 1.5B.")
-    ] = None,
-    minutes: Annotated[
-        str | None, typer.Option(metavar="N", help="... for so many minutes of wall time.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change any setting of the run. Repeatable."),
-    ] = None,
+    steps: StepsOption = None,
+    tokens: TokensOption = None,
+    minutes: MinutesOption = None,
+    settings: SettingsOption = None,
     runs: RunsOption = Path("runs"),
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run's directory is NAME-001, -002, …")
-    ] = None,
+    name: RunNameOption = None,
     json: JsonOption = False,
 ) -> None:
     """Make a mixture of experts from a dense run, to train it on.

@@ -15,7 +15,7 @@ MEMORY_TO_USE = 0.9
 ASSUMED_MFU = 0.5
 """Assumed before anything has been measured, only to weigh compiling against the length of a run."""
 COMPILE_GAIN = 0.15
-"""Share of step time that compiling saved on 2-layer to 8-layer models (measured, benchmarks/throughput.md)."""
+"""Share of step time that compiling saved on 2-layer to 8-layer models (measured, docs/LOG.md)."""
 COMPILE_S = 40.0
 """What compiling costs the first time, and with kernels cached from an earlier run (measured, same place)."""
 COMPILE_CACHED_S = 5.0
