@@ -95,7 +95,7 @@ def test_a_budget_that_is_what_it_was_changes_nothing(tmp_path: Path) -> None:
     assert not any(isinstance(event, Decision) and event.what == "budget" for event in events(run))
     done = colossus("train", "--resume", str(run.path), "--tokens", "1k", status=2)
     assert done.err.splitlines()[-1].startswith("error: the run has trained 12 steps (1,536 tokens, ")
-    assert done.err.splitlines()[-1].endswith("so 1k tokens in all leave nothing to train")
+    assert done.err.splitlines()[-1].endswith("so nothing is left of 1k tokens in all")
     assert run.config_path.read_text() == config
     assert run.state() == "finished"
     done = colossus("train", "--resume", str(run.path), "--steps", "20", "--seed", "3", status=2)
