@@ -1,5 +1,6 @@
 """What other processes do: measure their memory, or be killed."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -58,7 +59,9 @@ def _peak_growth(work: Callable[[], object]) -> int:
 
 
 def _warm_up(folder: Path) -> RunDirectory:
-    """Do all of it once on a small model: what is imported and allocated for good is not what is measured."""
+    """Do all of it once on a small model: what is imported and allocated for good is not what is measured. Nor is what
+    the allocator keeps of memory that was given back: from here on it gives large blocks back to the system."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; else it rises to the size of what is freed
     torch.set_num_threads(1)
     small = model("mixtral")
     run = make_run(folder / "small", small, weights(small))

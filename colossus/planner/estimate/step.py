@@ -78,8 +78,8 @@ def step_parts_of(
     weights = layer_weights(shape, x)
     accumulate = memory_s(accumulated_bytes(x) * weights, hardware, c) * c.stack
     busy = layers.busy_s + accumulate
-    # While attention waits for keys and values, gathers go on: what the exchange does not hide behind hides them.
-    shard = _sharded_s(x, weights, busy + layers.context_s, hardware, c)
+    # While attention waits for keys and values, or the chip for its next kernel, gathers go on behind that too.
+    shard = _sharded_s(x, weights, busy + layers.launch_s + layers.context_s, hardware, c)
     exposed = layers.launch_s + layers.tensor_s + layers.context_s + layers.expert_s + shard
     layer = busy + exposed
 
