@@ -1,5 +1,8 @@
 """How training goes on from weights that are there already, unless told otherwise."""
 
+from collections.abc import Sequence
+
+from colossus.spec.config import override
 from colossus.spec.data import DataConfig, LoadedTokenizer
 from colossus.spec.model import ModelSpec
 from colossus.spec.run import AdamW, Batch, Cosine, RunConfig
@@ -25,6 +28,12 @@ def continued(model: ModelSpec) -> RunConfig:
         # Up from zero, because Adam's second moments are empty and its first steps are as large as they can be.
         schedule=Cosine(warmup_steps=WARMUP_STEPS, final_scale=0.1),
     )
+
+
+def settled(start: RunConfig, changes: Sequence[str]) -> RunConfig:
+    """`start` with settings changed, in the manner of `--set`. Warm-up follows from the budget; what `changes` says
+    of it has the last word."""
+    return override(with_warmup(override(start, changes)), changes)
 
 
 def with_warmup(config: RunConfig) -> RunConfig:

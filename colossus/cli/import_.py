@@ -67,12 +67,11 @@ def import_(
         *budget,
         *(settings or []),
     ]
-    from colossus.checkpoint.continued import continued, with_warmup
+    from colossus.checkpoint.continued import continued, settled
     from colossus.checkpoint.hugging_face import import_run, open_directory
     from colossus.checkpoint.hugging_face.hub import find_directory
     from colossus.data import RichProgress
     from colossus.observe.run_directory import check_name
-    from colossus.spec.config import override
     from colossus.units import format_count
     from colossus.zoo.hugging_face import safe_name
 
@@ -80,8 +79,7 @@ def import_(
     check_name(own_name)
     source = open_directory(find_directory(model), name=own_name)
     start = continued(source.model).model_copy(update={"name": own_name})
-    # Warm-up follows from the budget; what is set on the command line then has the last word.
-    config = override(with_warmup(override(start, changes)), changes)
+    config = settled(start, changes)
     with RichProgress() as progress:
         run = import_run(
             source,

@@ -48,11 +48,10 @@ def upcycle(
     """
     budget = budget_settings({"steps": steps, "tokens": tokens, "minutes": minutes, "cpu_seconds": None})
     changes = [*data_settings(data, text_field), *budget, *(settings or [])]
-    from colossus.checkpoint.continued import continued, with_warmup
+    from colossus.checkpoint.continued import continued, settled
     from colossus.checkpoint.upcycle import upcycle_run, upcycled
     from colossus.data import RichProgress
     from colossus.observe.run_directory import RunDirectory
-    from colossus.spec.config import override
     from colossus.units import format_count
 
     dense_run = RunDirectory.open(run, runs)
@@ -62,8 +61,7 @@ def upcycle(
     start = continued(model).model_copy(
         update={"name": own_name, "data": dense.data, "batch": dense.batch, "evaluation": dense.evaluation}
     )
-    # Warm-up follows from the budget; what is set on the command line then has the last word.
-    config = override(with_warmup(override(start, changes)), changes)
+    config = settled(start, changes)
     with RichProgress() as progress:
         made = upcycle_run(dense_run, config, runs_directory=runs, name=own_name, progress=progress)
     if json:

@@ -1,9 +1,6 @@
 """What other processes do: measure their memory, or be killed."""
 
 import ctypes
-import os
-import signal
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +15,7 @@ from colossus.checkpoint.save import save_streamed
 from colossus.observe.run_directory import RunDirectory
 
 from .hugging_face_models import CONFIGS, make_run, model, weights
-from .processes import start
+from .processes import die_at_call, start
 
 LARGE = {
     **CONFIGS["mixtral"],
@@ -112,24 +109,6 @@ def export_and_die(said: Connection, path: Path, fatal_call: int) -> None:
     torch.set_num_threads(1)
     spec = model("llama")
     tensors = weights(spec)
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == fatal_call:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            count()
-            return function(*arguments)
-
-        return call
-
-    events = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-    sys.addaudithook(lambda event, _: count() if event in events else None)
-    for name in ("write", "fsync", "ftruncate"):
-        setattr(os, name, counted(getattr(os, name)))
+    die_at_call(fatal_call)
     write_directory(spec, tensors.__getitem__, path, max_shard_bytes=20_000)
     said.send("done")

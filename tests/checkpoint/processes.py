@@ -63,9 +63,8 @@ def save_twenty(said: Connection, directory: Path, first_step: int) -> None:
             said.send(result)
 
 
-def save_and_die(said: Connection, directory: Path, fatal_call: int) -> None:
-    """Save a few steps; be killed at the `fatal_call`-th thing that is asked of the file system."""
-    torch.set_num_threads(1)
+def die_at_call(fatal_call: int) -> None:
+    """This process is killed at the `fatal_call`-th thing that it asks of the file system from here on."""
     calls = 0
 
     def count(*_: Any) -> None:
@@ -85,6 +84,12 @@ def save_and_die(said: Connection, directory: Path, fatal_call: int) -> None:
     sys.addaudithook(lambda event, _: count() if event in events else None)
     for name in ("write", "fsync", "ftruncate"):
         setattr(os, name, counted(getattr(os, name)))
+
+
+def save_and_die(said: Connection, directory: Path, fatal_call: int) -> None:
+    """Save a few steps; be killed at the `fatal_call`-th thing that is asked of the file system."""
+    torch.set_num_threads(1)
+    die_at_call(fatal_call)
 
     def saved(step: int, generation: int) -> None:
         facts = {"step": step, "generation": generation}
