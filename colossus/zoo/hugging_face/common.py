@@ -3,7 +3,7 @@
 from typing import Any
 
 from colossus.errors import ConfigError
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec, RopeSpec
+from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RopeSpec
 from colossus.zoo.hugging_face.fields import Fields, shown
 from colossus.zoo.hugging_face.rope import Yarn, write_rope
 
@@ -111,6 +111,19 @@ def decoder_fields(model: ModelSpec) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
+    }
+
+
+def read_decoder_fields(fields: Fields, *, context: int, epsilon: float) -> dict[str, Any]:
+    """What `decoder_fields` writes, as arguments of a ModelSpec; `context` and `epsilon` where nothing is said."""
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "context_tokens": fields.integer("max_position_embeddings", context),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "hidden_size": fields.integer("hidden_size"),
+        "norm": NormSpec(epsilon=fields.positive("rms_norm_eps", epsilon)),
+        "tied_embeddings": fields.truth("tie_word_embeddings", False),
+        "zero_init_outputs": False,
     }
 
 

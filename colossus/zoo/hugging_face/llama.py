@@ -6,9 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from colossus.errors import ConfigError
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, NormSpec
+from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec
 from colossus.zoo.hugging_face.architecture import Architecture
-from colossus.zoo.hugging_face.common import attention_fields, decoder_fields, dense, grouped, head_dim, heads
+from colossus.zoo.hugging_face.common import (
+    attention_fields,
+    decoder_fields,
+    dense,
+    grouped,
+    head_dim,
+    heads,
+    read_decoder_fields,
+)
 from colossus.zoo.hugging_face.fields import Fields
 from colossus.zoo.hugging_face.rope import read_rope
 from colossus.zoo.hugging_face.tables import ATTENTION, MLP, PRE_NORMS, decoder
@@ -25,10 +33,6 @@ def _read(fields: Fields, name: str) -> ModelSpec:
         )
     return ModelSpec(
         name=name,
-        vocab_size=fields.integer("vocab_size"),
-        context_tokens=fields.integer("max_position_embeddings", 2048),
-        num_layers=fields.integer("num_hidden_layers"),
-        hidden_size=fields.integer("hidden_size"),
         attention=AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -39,9 +43,7 @@ def _read(fields: Fields, name: str) -> ModelSpec:
         mlp=MlpSpec(
             intermediate_size=fields.integer("intermediate_size"), bias=fields.truth("mlp_bias", False)
         ),
-        norm=NormSpec(epsilon=fields.positive("rms_norm_eps", 1e-6)),
-        tied_embeddings=fields.truth("tie_word_embeddings", False),
-        zero_init_outputs=False,
+        **read_decoder_fields(fields, context=2048, epsilon=1e-6),
     )
 
 

@@ -6,7 +6,7 @@ conversion_mapping.py (5.23)."""
 from collections.abc import Iterator
 from typing import Any
 
-from colossus.spec.model import AttentionSpec, ModelSpec, MoeSpec, NormSpec, WindowSpec
+from colossus.spec.model import AttentionSpec, ModelSpec, MoeSpec, WindowSpec
 from colossus.zoo.hugging_face.architecture import Architecture
 from colossus.zoo.hugging_face.common import (
     attention_fields,
@@ -16,6 +16,7 @@ from colossus.zoo.hugging_face.common import (
     head_dim,
     heads,
     moe,
+    read_decoder_fields,
 )
 from colossus.zoo.hugging_face.fields import Fields
 from colossus.zoo.hugging_face.rope import read_rope
@@ -36,10 +37,6 @@ def _read(fields: Fields, name: str) -> ModelSpec:
     num_experts, top_k = experts(fields, "num_local_experts", 2)
     return ModelSpec(
         name=name,
-        vocab_size=fields.integer("vocab_size"),
-        context_tokens=fields.integer("max_position_embeddings", 131_072),
-        num_layers=fields.integer("num_hidden_layers"),
-        hidden_size=fields.integer("hidden_size"),
         attention=AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -52,9 +49,7 @@ def _read(fields: Fields, name: str) -> ModelSpec:
         mlp=MoeSpec(
             num_experts=num_experts, top_k=top_k, intermediate_size=fields.integer("intermediate_size")
         ),
-        norm=NormSpec(epsilon=fields.positive("rms_norm_eps", 1e-5)),
-        tied_embeddings=fields.truth("tie_word_embeddings", False),
-        zero_init_outputs=False,
+        **read_decoder_fields(fields, context=131_072, epsilon=1e-5),
     )
 
 

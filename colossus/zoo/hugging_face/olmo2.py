@@ -5,9 +5,17 @@ Read beside transformers' models/olmo2 (5.23)."""
 from collections.abc import Iterator
 from typing import Any
 
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, NormSpec
+from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec
 from colossus.zoo.hugging_face.architecture import Architecture
-from colossus.zoo.hugging_face.common import attention_fields, decoder_fields, dense, grouped, head_dim, heads
+from colossus.zoo.hugging_face.common import (
+    attention_fields,
+    decoder_fields,
+    dense,
+    grouped,
+    head_dim,
+    heads,
+    read_decoder_fields,
+)
 from colossus.zoo.hugging_face.fields import Fields
 from colossus.zoo.hugging_face.rope import read_rope
 from colossus.zoo.hugging_face.tables import ATTENTION, MLP, decoder, row
@@ -24,10 +32,6 @@ def _read(fields: Fields, name: str) -> ModelSpec:
     num_heads, num_kv_heads = heads(fields)
     return ModelSpec(
         name=name,
-        vocab_size=fields.integer("vocab_size"),
-        context_tokens=fields.integer("max_position_embeddings", 2048),
-        num_layers=fields.integer("num_hidden_layers"),
-        hidden_size=fields.integer("hidden_size"),
         attention=AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -38,10 +42,8 @@ def _read(fields: Fields, name: str) -> ModelSpec:
             bias="all" if fields.truth("attention_bias", False) else None,
         ),
         mlp=MlpSpec(intermediate_size=fields.integer("intermediate_size")),
-        norm=NormSpec(epsilon=fields.positive("rms_norm_eps", 1e-5)),
         norm_placement="post",
-        tied_embeddings=fields.truth("tie_word_embeddings", False),
-        zero_init_outputs=False,
+        **read_decoder_fields(fields, context=2048, epsilon=1e-5),
     )
 
 

@@ -5,7 +5,7 @@ Read beside transformers' models/qwen2 (5.23)."""
 from collections.abc import Iterator
 from typing import Any
 
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, NormSpec
+from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec
 from colossus.zoo.hugging_face.architecture import Architecture
 from colossus.zoo.hugging_face.common import (
     attention_fields,
@@ -15,6 +15,7 @@ from colossus.zoo.hugging_face.common import (
     head_dim,
     heads,
     no_window,
+    read_decoder_fields,
 )
 from colossus.zoo.hugging_face.fields import Fields
 from colossus.zoo.hugging_face.rope import read_rope
@@ -28,10 +29,6 @@ def _read(fields: Fields, name: str) -> ModelSpec:
     num_heads, num_kv_heads = heads(fields, 32)
     return ModelSpec(
         name=name,
-        vocab_size=fields.integer("vocab_size"),
-        context_tokens=fields.integer("max_position_embeddings", 32_768),
-        num_layers=fields.integer("num_hidden_layers"),
-        hidden_size=fields.integer("hidden_size"),
         attention=AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -40,9 +37,7 @@ def _read(fields: Fields, name: str) -> ModelSpec:
             bias="qkv",
         ),
         mlp=MlpSpec(intermediate_size=fields.integer("intermediate_size")),
-        norm=NormSpec(epsilon=fields.positive("rms_norm_eps", 1e-6)),
-        tied_embeddings=fields.truth("tie_word_embeddings", False),
-        zero_init_outputs=False,
+        **read_decoder_fields(fields, context=32_768, epsilon=1e-6),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from colossus.errors import ConfigError
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec, RouterSpec
+from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec, RouterSpec
 from colossus.zoo.hugging_face.architecture import Architecture
 from colossus.zoo.hugging_face.common import (
     attention_fields,
@@ -18,6 +18,7 @@ from colossus.zoo.hugging_face.common import (
     heads,
     moe,
     no_window,
+    read_decoder_fields,
 )
 from colossus.zoo.hugging_face.fields import Fields
 from colossus.zoo.hugging_face.rope import read_rope
@@ -61,10 +62,6 @@ def _model(
     no_window(fields)
     return ModelSpec(
         name=name,
-        vocab_size=fields.integer("vocab_size"),
-        context_tokens=fields.integer("max_position_embeddings", 32_768),
-        num_layers=fields.integer("num_hidden_layers"),
-        hidden_size=fields.integer("hidden_size"),
         attention=AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -75,9 +72,7 @@ def _model(
             bias="all" if fields.truth("attention_bias", False) else None,
         ),
         mlp=mlp,
-        norm=NormSpec(epsilon=fields.positive("rms_norm_eps", 1e-6)),
-        tied_embeddings=fields.truth("tie_word_embeddings", False),
-        zero_init_outputs=False,
+        **read_decoder_fields(fields, context=32_768, epsilon=1e-6),
     )
 
 
