@@ -47,6 +47,12 @@ def export(
     if not 0 < shard_gb < 1e9:
         raise ConfigError(f"--shard-gb is {shard_gb:g}; it must be above 0")
     found = RunDirectory.open(run, runs)
+    from colossus.zoo.hugging_face import architecture_of
+
+    try:
+        architecture_of(found.config().model)
+    except ConfigError as error:
+        raise ConfigError(f"{error}. `colossus train small-llama` trains one that others load") from None
     from colossus.checkpoint.hugging_face import export_run
     from colossus.data import RichProgress
 
