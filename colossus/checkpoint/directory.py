@@ -4,6 +4,7 @@ A checkpoint is made under a temporary name and renamed when it is complete and 
 before it is deleted; so what bears a checkpoint's name was complete once, whenever a process was killed.
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -16,6 +17,9 @@ from typing import Literal
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _TEMPORARY = re.compile(r"\.(?:writing|deleting)-step-\d{8,}\.([\w-]+)\.(\d+)\.(\d+)\.[0-9a-f]+")
+
+GIVEN_UP_NAME = "given-up.txt"
+"""In a directory that ranks were writing into: why there will be no checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -54,6 +58,32 @@ def begin(directory: Path, step: int) -> Path:
     path = _temporary(directory, "writing", step)
     path.mkdir()
     return path
+
+
+def new_attempt() -> str:
+    """A name for one try at a checkpoint by many ranks: this process, which answers for it, and a number that does not
+    come again."""
+    return f"{owner()}.{secrets.token_hex(8)}"
+
+
+def attempt_path(directory: Path, step: int, attempt: str) -> Path:
+    """Where the ranks of an attempt write; the same on all."""
+    return directory / f".writing-{checkpoint_name(step)}.{attempt}"
+
+
+def begin_attempt(path: Path) -> None:
+    """Open an attempt's directory, which other ranks wait for. Raises OSError."""
+    make_directory(path.parent)
+    path.mkdir()
+
+
+def remove_given_up(directory: Path) -> None:
+    """Delete what this process began, gave up and kept for other ranks to read the reason. Never raises OSError."""
+    with contextlib.suppress(OSError):
+        for path in directory.iterdir():
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and ".".join(match.groups()) == owner() and (path / GIVEN_UP_NAME).exists():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(temporary: Path, directory: Path, step: int) -> Path:
@@ -101,22 +131,45 @@ def discard(checkpoint: Checkpoint) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def clean(directory: Path | str) -> list[Path]:
+def clean(directory: Path | str, *, abandoned_after_s: float | None = None) -> list[Path]:
     """Delete what dead processes of this machine left half written or half deleted; returns what was removed.
 
-    Leftovers of live processes, of other machines and of other programs stay. Never raises OSError.
+    Leftovers of live processes and of other programs stay; those of other machines too, unless nothing in them has
+    changed for `abandoned_after_s` by the file system's own clock. Never raises OSError.
     """
     removed = []
+    now_s: float | None = None
     try:
         for path in Path(directory).iterdir():
             match = _TEMPORARY.fullmatch(path.name)
-            if match and owner_is_dead(match[1], match[2], match[3]):
+            if not match:
+                continue
+            dead = owner_is_dead(match[1], match[2], match[3])
+            if not dead and abandoned_after_s is not None and match[1] != _host():
+                now_s = now_s or _file_system_time_s(path.parent)
+                dead = _changed_s(path) < now_s - abandoned_after_s
+            if dead:
                 shutil.rmtree(path, ignore_errors=True)
                 if not path.exists():
                     removed.append(path)
     except OSError:
-        pass  # no directory, or not ours to read: nothing to clean
+        pass  # no directory, not ours to read, or going away under our eyes: another time
     return removed
+
+
+def _changed_s(path: Path) -> float:
+    """When a directory or a file in it last changed. Raises OSError."""
+    return max(one.stat().st_mtime for one in (path, *path.iterdir()))
+
+
+def _file_system_time_s(directory: Path) -> float:
+    """What the machine that serves the files would write as the time now. Raises OSError."""
+    probe = directory / f".clock-{secrets.token_hex(8)}"
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def make_directory(path: Path) -> None:

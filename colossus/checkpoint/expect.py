@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from colossus.checkpoint.index import Index
 from colossus.checkpoint.manifest import Manifest
 from colossus.spec.model import ModelSpec, ParameterSpec
 
@@ -17,7 +18,7 @@ Expect = ModelSpec | Iterable[ParameterSpec] | Mapping[str, Sequence[int]] | str
 fingerprint, or None for any."""
 
 
-def model_differences(manifest: Manifest, expect: Expect) -> list[str]:
+def model_differences(manifest: Manifest | Index, expect: Expect) -> list[str]:
     """What sets the checkpoint's model apart from the expected one, a phrase each; nothing if none."""
     if expect is None:
         return []
@@ -31,7 +32,7 @@ def model_differences(manifest: Manifest, expect: Expect) -> list[str]:
     return _table_differences(manifest, _table(expect))
 
 
-def stored_model(manifest: Manifest) -> ModelSpec | None:
+def stored_model(manifest: Manifest | Index) -> ModelSpec | None:
     """The ModelSpec that was saved; None if there was none, or this version cannot read it."""
     if manifest.model_spec is None:
         return None
@@ -47,7 +48,7 @@ def _table(parameters: Iterable[ParameterSpec] | Mapping[str, Sequence[int]]) ->
     return {parameter.name: parameter.shape for parameter in parameters}
 
 
-def _table_differences(manifest: Manifest, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _table_differences(manifest: Manifest | Index, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
     stored = {
         name.removeprefix(MODEL_PREFIX): entry.shape
         for name, entry in manifest.tensors.items()
@@ -69,7 +70,7 @@ def _table_differences(manifest: Manifest, expected: Mapping[str, tuple[int, ...
     return different + missing + extra
 
 
-def _spec_differences(manifest: Manifest, expected: ModelSpec) -> list[str]:
+def _spec_differences(manifest: Manifest | Index, expected: ModelSpec) -> list[str]:
     """Shapes agree; what else makes it another model (heads, rotary base, activation …), field by field."""
     if manifest.model_spec is None:
         return []

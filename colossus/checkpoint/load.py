@@ -1,7 +1,8 @@
 """A checkpoint back into tensors, every byte checked; and the newest one that is good."""
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import RawIOBase
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from colossus.checkpoint.directory import Checkpoint, list_checkpoints
 from colossus.checkpoint.expect import Expect, model_differences, stored_model
+from colossus.checkpoint.index import Index
 from colossus.checkpoint.manifest import (
     Manifest,
     OtherVersionError,
@@ -21,6 +23,7 @@ from colossus.checkpoint.manifest import (
     size_problems,
 )
 from colossus.checkpoint.payload import CHUNK_BYTES, hash_range, map_file, view_bytes
+from colossus.checkpoint.shard import slices
 from colossus.errors import CheckpointError
 from colossus.spec.model import ModelSpec
 
@@ -36,12 +39,14 @@ class Loaded:
     """A checkpoint's content. `model` is what was given to `save`, if this version can read it.
 
     Tensors of one piece are the file itself, mapped copy-on-write: they take memory as they are written to,
-    and stay readable when the checkpoint is deleted. Copy them where they belong and let them go.
+    and stay readable when the checkpoint is deleted. Copy them where they belong and let them go. Where `load`
+    finds tensors in several pieces, `tensors` puts one together each time that it is asked for, so memory holds
+    those that you hold.
     """
 
     path: Path
     step: int
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     facts: dict[str, Any]
     model: ModelSpec | None
     mappings: tuple[mmap.mmap, ...] = field(default=(), repr=False, compare=False)
@@ -71,7 +76,7 @@ def load(path: Path | str, *, expect: Expect = None, prefix: str = "") -> Loaded
     written, if the model is not the one that `expect` describes, or if no name has the prefix.
     """
     path = Path(path)
-    try:
+    with named(path):
         manifest = _checked_manifest(path, expect)
         selected = _select(manifest, prefix)
         data: dict[str, torch.Tensor] = {}
@@ -82,14 +87,21 @@ def load(path: Path | str, *, expect: Expect = None, prefix: str = "") -> Loaded
             if payload.mapping is not None:
                 mappings.append(payload.mapping)
                 data[payload.name] = torch.frombuffer(payload.mapping, dtype=torch.uint8)
-        tensors = {name: _assemble(entry, data) for name, entry in selected.items()}
+        tensors = _tensors(selected, data)
+    return Loaded(path, manifest.step, tensors, manifest.facts, stored_model(manifest), tuple(mappings))
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of reading the checkpoint at `path` as they are told: with its name, and what would work."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}. {_advice(path)}") from error
     except (OtherModelError, OtherVersionError) as error:
         raise type(error)(f"checkpoint {path}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}. {_advice(path)}") from error
-    return Loaded(path, manifest.step, tensors, manifest.facts, stored_model(manifest), tuple(mappings))
 
 
 def load_newest(
@@ -103,26 +115,31 @@ def load_newest(
     """
     directory = Path(directory)
     rejected: list[Rejected] = []
-    remaining = _listed(directory)
+    remaining = listed(directory)
     while remaining:
         checkpoint = remaining.pop()
-        identity = _identity(checkpoint.path)
+        before = identity(checkpoint.path)
         try:
             return load(checkpoint.path, expect=expect, prefix=prefix), tuple(rejected)
         except (OtherModelError, OtherVersionError):
             raise
         except CheckpointError as error:
-            if identity and _identity(checkpoint.path) == identity:
-                rejected.append(Rejected(checkpoint.path, _reason(checkpoint.path, error)))
+            if before and identity(checkpoint.path) == before:
+                rejected.append(Rejected(checkpoint.path, reason_of(checkpoint.path, error)))
             else:  # not damaged: deleted or replaced meanwhile, by a trainer that has a newer one
                 rejected = []
-                remaining = _listed(directory)
+                remaining = listed(directory)
+    raise none_good(directory, rejected)
+
+
+def none_good(directory: Path, rejected: Sequence[Rejected]) -> CheckpointError:
+    """What to say when nothing could be loaded."""
     if not rejected:
-        raise CheckpointError(
+        return CheckpointError(
             f"there is no checkpoint in {directory}; give the directory that holds step-… directories"
         )
     lines = "".join(f"\n  {one.path.name}: {one.reason}" for one in rejected)
-    raise CheckpointError(
+    return CheckpointError(
         f"none of the {len(rejected)} checkpoints in {directory} is good:{lines}\n"
         f"Restore one of them from a copy, or move them away to start from the beginning"
     )
@@ -139,14 +156,15 @@ def verify(path: Path | str) -> list[str]:
         return [str(error)]
 
 
-def _listed(directory: Path) -> list[Checkpoint]:
+def listed(directory: Path) -> list[Checkpoint]:
+    """The checkpoints in a directory, oldest first. Raises CheckpointError if it cannot be read."""
     try:
         return list_checkpoints(directory)
     except OSError as error:
         raise CheckpointError(f"checkpoints in {directory} cannot be listed: {error.strerror}") from error
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
     """Changes when a directory is renamed, deleted, or replaced under its name."""
     try:
         status = path.stat()
@@ -157,6 +175,12 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _checked_manifest(path: Path, expect: Expect) -> Manifest:
     manifest = read_manifest(path)
+    check_model(manifest, expect)
+    return manifest
+
+
+def check_model(manifest: Manifest | Index, expect: Expect) -> None:
+    """Raises OtherModelError, without naming the checkpoint, if it is not of the model that is expected."""
     differences = model_differences(manifest, expect)
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
@@ -166,7 +190,6 @@ def _checked_manifest(path: Path, expect: Expect) -> Manifest:
             f"{f'; and {more} more' if more > 0 else ''}. "
             f"Use the model that wrote it, or another run directory"
         )
-    return manifest
 
 
 def _select(manifest: Manifest, prefix: str) -> dict[str, TensorEntry]:
@@ -196,7 +219,8 @@ def _checked_payloads(
     for name, entry in selected.items():
         for piece in entry.pieces:
             pieces.setdefault(piece.payload, []).append((name, piece))
-    sizes = size_problems(path, manifest, pieces)  # first, as it costs nothing
+    # First, as it costs nothing.
+    sizes = size_problems(path, {name: manifest.payloads[name].num_bytes for name in pieces})
     for name, problem in sizes.items():
         yield _CheckedPayload(name, None, [problem])
     largest = max((manifest.payloads[name].num_bytes for name in pieces), default=0)
@@ -226,20 +250,42 @@ def _problems(
             yield f"tensor {tensor} in {name} is damaged: its bytes do not match its hash"
 
 
-def _assemble(entry: TensorEntry, data: dict[str, torch.Tensor]) -> torch.Tensor:
-    parts = [
-        (piece, view_bytes(data[piece.payload], piece.start, piece.shape, entry.dtype))
-        for piece in entry.pieces
-    ]
-    if len(parts) == 1:
-        return parts[0][1]
-    whole = torch.empty(entry.shape, dtype=entry.dtype)
-    for piece, part in parts:
-        box = tuple(
-            slice(offset, offset + size) for offset, size in zip(piece.offsets, piece.shape, strict=True)
-        )
-        whole[box] = part
-    return whole
+def _tensors(
+    entries: Mapping[str, TensorEntry], data: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    if all(len(entry.pieces) == 1 for entry in entries.values()):
+        return {name: _view(entry, entry.pieces[0], data) for name, entry in entries.items()}
+    return _Assembled(entries, data)
+
+
+def _view(entry: TensorEntry, piece: Piece, data: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return view_bytes(data[piece.payload], piece.start, piece.shape, entry.dtype)
+
+
+class _Assembled(Mapping[str, torch.Tensor]):
+    """Tensors that are put together from their pieces when they are asked for."""
+
+    def __init__(self, entries: Mapping[str, TensorEntry], data: Mapping[str, torch.Tensor]) -> None:
+        self._entries = entries
+        self._data = data
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        if len(entry.pieces) == 1:
+            return _view(entry, entry.pieces[0], self._data)
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for piece in entry.pieces:
+            whole[slices(piece.offsets, piece.shape)] = _view(entry, piece, self._data)
+        return whole
+
+    def __contains__(self, name: object) -> bool:  # else Mapping puts the tensor together to see
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def _advice(path: Path) -> str:
@@ -251,6 +297,6 @@ def _advice(path: Path) -> str:
     return "Load an older checkpoint, or restore this one from a copy"
 
 
-def _reason(path: Path, error: CheckpointError) -> str:
+def reason_of(path: Path, error: CheckpointError) -> str:
     """The error without the path and the advice that a list of them would repeat."""
     return str(error.__cause__ or error).removeprefix(f"checkpoint {path} ")

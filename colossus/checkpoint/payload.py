@@ -39,6 +39,8 @@ DTYPES: dict[torch.dtype, str] = {
 """What can be saved, and safetensors' name for it."""
 
 CHUNK_BYTES = 8 << 20
+HASHED_BYTES = 1 << 20
+"""A piece that is longer has a hash for each so many bytes too: who reads a part of it checks what it read."""
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
 _BLOCK_BYTES = 4096  # what O_DIRECT wants offsets and addresses to be multiples of; tensors start on one too
 
@@ -64,6 +66,14 @@ class Slot:
     shape: tuple[int, ...]
     start: int
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """Of a slot's bytes: of all of them, and of each HASHED_BYTES where there are more."""
+
+    whole: str
+    chunks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +151,8 @@ def lay_out_file(types: Mapping[str, TensorType]) -> PayloadLayout:
 
 def write_payload(
     path: Path, layout: PayloadLayout, tensor: Callable[[str], torch.Tensor], buffer: mmap.mmap
-) -> dict[str, str]:
-    """Write and fsync one file; returns the hash of each slot by name. Raises OSError, leaving the file
+) -> dict[str, Hashes]:
+    """Write and fsync one file; returns the hashes of each slot by name. Raises OSError, leaving the file
     partial.
 
     `tensor` is asked for each slot's once, in the order of the file, and may make it then. Tensors come to the
@@ -157,17 +167,20 @@ def write_payload(
     return hashes
 
 
-def _write_slot(sink: "_Sink", slot: Slot, tensor: torch.Tensor) -> str:
+def _write_slot(sink: "_Sink", slot: Slot, tensor: torch.Tensor) -> Hashes:
     if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
         raise CheckpointError(
             f"{slot.name} was announced as {slot.dtype} {list(slot.shape)} and is {tensor.dtype} "
             f"{list(tensor.shape)}"
         )
     digest = xxhash.xxh3_128()
-    for chunk in _chunks(host_bytes(tensor)):
+    hashes: list[str] = []
+    for chunk in _chunks(host_bytes(tensor), CHUNK_BYTES):
         digest.update(chunk)
+        if slot.num_bytes > HASHED_BYTES:
+            hashes += [xxhash.xxh3_128_hexdigest(part) for part in _chunks(chunk, HASHED_BYTES)]
         sink.write(chunk)
-    return digest.hexdigest()
+    return Hashes(digest.hexdigest(), tuple(hashes))
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
@@ -213,8 +226,8 @@ def view_bytes(data: torch.Tensor, start: int, shape: tuple[int, ...], dtype: to
     return data[start : start + num_bytes].view(dtype).view(shape)
 
 
-def _chunks(data: memoryview) -> Iterator[memoryview]:
-    return (data[start : start + CHUNK_BYTES] for start in range(0, len(data), CHUNK_BYTES))
+def _chunks(data: memoryview, num_bytes: int) -> Iterator[memoryview]:
+    return (data[start : start + num_bytes] for start in range(0, len(data), num_bytes))
 
 
 class _Sink(AbstractContextManager["_Sink"]):

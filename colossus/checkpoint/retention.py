@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from colossus.checkpoint.directory import discard, list_checkpoints
-from colossus.checkpoint.manifest import read_manifest, size_problems
+from colossus.checkpoint.manifest import read_header, size_problems
 from colossus.errors import CheckpointError
 from colossus.spec.run import Checkpoints
 
@@ -35,6 +35,6 @@ def retire(directory: Path | str, saved: int, keep: Checkpoints) -> list[int]:
 def looks_whole(path: Path) -> bool:
     """Whether the manifest is good and payloads have their sizes: cheap enough to ask after every save."""
     try:
-        return not size_problems(path, read_manifest(path))
+        return not size_problems(path, read_header(path).file_bytes())
     except CheckpointError:
         return False

@@ -86,7 +86,7 @@ def save_streamed(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     except OSError as error:
-        raise CheckpointError(_cannot_write(directory, step, num_bytes, error)) from error
+        raise CheckpointError(cannot_write(directory, step, num_bytes, error)) from error
     return Saved(step, path, num_bytes + manifest, time.perf_counter() - started)
 
 
@@ -109,7 +109,8 @@ def _write(
         payloads[name] = PayloadEntry(layout.num_bytes, len(layout.header), header_hash)
         for slot in layout.slots:
             offsets = (0,) * len(slot.shape)
-            piece = Piece(offsets, slot.shape, name, slot.start, slot.num_bytes, hashes[slot.name])
+            found = hashes[slot.name]
+            piece = Piece(offsets, slot.shape, name, slot.start, slot.num_bytes, found.whole, found.chunks)
             entries[slot.name] = TensorEntry(slot.dtype, slot.shape, (piece,))
     manifest = Manifest(
         step=step,
@@ -119,10 +120,11 @@ def _write(
         payloads=payloads,
         tensors={name: entries[name] for name in types},
     )
-    return _write_synced(target / MANIFEST_NAME, manifest.encode())
+    return write_synced(target / MANIFEST_NAME, manifest.encode())
 
 
-def _write_synced(path: Path, data: bytes) -> int:
+def write_synced(path: Path, data: bytes) -> int:
+    """A new file that would survive a power cut; returns its size in bytes. Raises OSError."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -130,7 +132,8 @@ def _write_synced(path: Path, data: bytes) -> int:
     return len(data)
 
 
-def _cannot_write(directory: Path, step: int, num_bytes: int, error: OSError) -> str:
+def cannot_write(directory: Path, step: int, num_bytes: int, error: OSError) -> str:
+    """What to say when a disk refuses."""
     reason = error.strerror or str(error)
     try:
         free_bytes = shutil.disk_usage(directory).free

@@ -6,7 +6,7 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,15 +14,19 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from colossus.checkpoint.directory import clean
+from colossus.checkpoint.directory import clean, new_attempt
 from colossus.checkpoint.payload import check_tensor, host_bytes, view_bytes
+from colossus.checkpoint.ranks import Ranks
 from colossus.checkpoint.retention import retire
 from colossus.checkpoint.save import Saved, save
+from colossus.checkpoint.save_shards import TIMEOUT_S, Attempt, Planner
+from colossus.checkpoint.shard import Shard, as_shards
 from colossus.errors import CheckpointError
 from colossus.spec.model import ModelSpec
 from colossus.spec.run import Checkpoints
 
 _ALIGNMENT_BYTES = 64
+_ABANDONED_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,46 +47,79 @@ class Saver:
 
     Nothing that goes wrong raises into training: failures come back from `poll` and `wait` as SaveFailed.
     Calls come from one thread. Leftovers of dead processes are cleaned up at the start.
+
+    With `ranks`, many processes save one checkpoint together: each makes a Saver, calls `save` for the same steps and
+    gives what it is to write, as of `save_shards`. They meet in the constructor only; afterwards each writes when it
+    comes to it and they know of each other by files, so nothing here takes part in training's collectives. Rank 0
+    publishes when all parts are there, gives up `timeout_s` after its own part is written, cleans up and retires; on
+    the others a checkpoint is Saved when it was published. `facts`, `keep` and `model` count on rank 0.
     """
 
     def __init__(
-        self, directory: Path | str, *, keep: Checkpoints | None = None, model: ModelSpec | None = None
+        self,
+        directory: Path | str,
+        *,
+        keep: Checkpoints | None = None,
+        model: ModelSpec | None = None,
+        ranks: Ranks | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.directory = Path(directory)
         self._keep = keep or Checkpoints()
         self._model = model
+        self._ranks = ranks
+        self._timeout_s = timeout_s
+        self._planner = Planner()
+        self._num_attempts = 0
         self._copy = _HostCopy()
         self._thread: threading.Thread | None = None
         self._results: list[Saved | SaveFailed] = []
-        clean(self.directory)
+        if ranks is None:
+            clean(self.directory)
+            return
+        if ranks.rank == 0:
+            # Before the others go on to write. No attempt lives through `timeout_s` without a byte written.
+            clean(self.directory, abandoned_after_s=max(2 * timeout_s, _ABANDONED_S))
+        self._name = ranks.broadcast(new_attempt() if ranks.rank == 0 else None)
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def prepare(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def prepare(self, tensors: Mapping[str, torch.Tensor | Shard]) -> None:
         """Get the host memory that `save` will copy these into, in the background.
 
         Not needed, but the first `save` then holds training no longer than the later ones: a system that
         hands out fresh memory a page at a time can be ten times slower at it than the copying is.
         """
         self._join()
-        self._start("checkpoint-memory", lambda: self._copy.reserve(tensors))
+        self._start("checkpoint-memory", lambda: self._copy.reserve(_local(tensors)))
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> float:
-        """Begin to save; tensors and facts may change as soon as it returns. Arguments as of `save.save`.
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor | Shard], facts: Mapping[str, Any]) -> float:
+        """Begin to save; tensors and facts may change as soon as it returns. Arguments as of `save.save`, or with
+        `ranks` as of `save_shards`.
 
         Returns the seconds that the caller was held: waiting for the one in flight, and copying.
         """
         started = time.perf_counter()
         self._join()
+        attempt = self._attempt(step)
         try:
             facts = json.loads(json.dumps(facts))
-            snapshot = self._copy.take(tensors)
-            self._start(f"checkpoint-{step}", lambda: self._write(step, snapshot, facts))
+            snapshot = self._copy.take(_local(tensors))
+            if attempt is None:
+                self._start(f"checkpoint-{step}", lambda: self._write(step, snapshot, facts))
+            else:
+                shards = {
+                    name: replace(shard, tensor=snapshot[name]) for name, shard in as_shards(tensors).items()
+                }
+                self._start(f"checkpoint-{step}", lambda: self._write_part(attempt, shards, facts))
         except Exception as error:
-            self._results.append(SaveFailed(step, _describe(error)))
+            reason = _describe(error)
+            self._results.append(SaveFailed(step, reason))
+            if attempt is not None:
+                self._start(f"checkpoint-{step}", lambda: attempt.refuse(reason))
         return time.perf_counter() - started
 
     def poll(self) -> list[Saved | SaveFailed]:
@@ -117,6 +154,23 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def _attempt(self, step: int) -> Attempt | None:
+        if self._ranks is None:
+            return None
+        self._num_attempts += 1
+        token = f"{self._name}{self._num_attempts:08x}"
+        return Attempt(self.directory, step, token, self._ranks.rank, self._ranks.num_ranks, self._timeout_s)
+
+    def _write_part(self, attempt: Attempt, shards: Mapping[str, Shard], facts: Mapping[str, Any]) -> None:
+        try:
+            result: Saved | SaveFailed = attempt.save(shards, facts, self._model, self._planner)
+            if attempt.rank == 0:
+                with contextlib.suppress(OSError):
+                    retire(self.directory, attempt.step, self._keep)
+        except Exception as error:
+            result = SaveFailed(attempt.step, _describe(error))
+        self._results.append(result)
+
     def _write(self, step: int, snapshot: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         try:
             result: Saved | SaveFailed = save(self.directory, step, snapshot, facts, model=self._model)
@@ -125,6 +179,11 @@ class Saver:
         except Exception as error:
             result = SaveFailed(step, _describe(error))
         self._results.append(result)
+
+
+def _local(tensors: Mapping[str, torch.Tensor | Shard]) -> dict[str, torch.Tensor]:
+    """What of them is on this rank."""
+    return {name: value.tensor if isinstance(value, Shard) else value for name, value in tensors.items()}
 
 
 def _describe(error: Exception) -> str:

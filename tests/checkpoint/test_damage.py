@@ -141,9 +141,9 @@ def test_a_manifest_that_is_sealed_but_wrong(tiny: Path, find: bytes, replace: b
 
 def test_a_newer_format_says_so_and_nothing_older_is_taken(tiny: Path) -> None:
     save(tiny.parent, 2, TINY, {})
-    reseal(tiny, b'"version": 1', b'"version": 2')
+    reseal(tiny, b'"version": 1', b'"version": 3')
     with pytest.raises(
-        CheckpointError, match=r"format version 2, and this version of Colossus reads up to 1"
+        CheckpointError, match=r"format version 3, and this version of Colossus reads up to 2"
     ):
         load_newest(tiny.parent)
 
