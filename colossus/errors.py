@@ -6,6 +6,7 @@
     │   └── HubUnavailable   a Hugging Face name without network or without the `hub` extra
     ├── CheckpointError      a checkpoint is missing, damaged, or of another model
     ├── RunError             a run directory is missing or cannot be used
+    ├── RankFailed           one process of a run failed, or does not end
     └── TrainingDiverged     non-finite losses or gradients too many times in a row
 
 The command line prints the message of a ColossusError without a traceback and exits with status 1
@@ -38,6 +39,17 @@ class CheckpointError(ColossusError):
 
 class RunError(ColossusError):
     """A run directory is missing, is not one, or is in use."""
+
+
+class RankFailed(ColossusError):
+    """One of a run's processes failed and all have been ended, or some did not end with the others.
+
+    `ranks` are those that the run failed by: the first one to fail, or all that did not end.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class TrainingDiverged(ColossusError):
