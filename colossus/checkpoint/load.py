@@ -23,7 +23,7 @@ from colossus.checkpoint.manifest import (
     size_problems,
 )
 from colossus.checkpoint.payload import CHUNK_BYTES, hash_range, map_file, view_bytes
-from colossus.checkpoint.shard import slices
+from colossus.checkpoint.shard import overlap, relative, slices
 from colossus.errors import CheckpointError
 from colossus.spec.model import ModelSpec
 
@@ -50,6 +50,12 @@ class Loaded:
     facts: dict[str, Any]
     model: ModelSpec | None
     mappings: tuple[mmap.mmap, ...] = field(default=(), repr=False, compare=False)
+
+    def one_of(self, name: str, i: int) -> torch.Tensor:
+        """`tensors[name][i]`, without putting together the rest of a tensor of several pieces."""
+        if isinstance(self.tensors, _Assembled):
+            return self.tensors.one_of(name, i)
+        return self.tensors[name][i]
 
     def forget_pages(self) -> None:
         """Give back the memory of what was read so far; it comes from the file again when it is next touched.
@@ -277,6 +283,21 @@ class _Assembled(Mapping[str, torch.Tensor]):
         for piece in entry.pieces:
             whole[slices(piece.offsets, piece.shape)] = _view(entry, piece, self._data)
         return whole
+
+    def one_of(self, name: str, i: int) -> torch.Tensor:
+        entry = self._entries[name]
+        first = (i, *[0] * (len(entry.shape) - 1))
+        layer = (1, *entry.shape[1:])
+        whole = torch.empty(layer, dtype=entry.dtype)
+        for piece in entry.pieces:
+            shared = overlap(first, layer, piece.offsets, piece.shape)
+            if shared:
+                offsets, shape = shared
+                source = _view(entry, piece, self._data)
+                whole[slices(relative(offsets, first), shape)] = source[
+                    slices(relative(offsets, piece.offsets), shape)
+                ]
+        return whole[0]
 
     def __contains__(self, name: object) -> bool:  # else Mapping puts the tensor together to see
         return name in self._entries

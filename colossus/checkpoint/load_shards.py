@@ -30,7 +30,7 @@ from colossus.checkpoint.load import (
 from colossus.checkpoint.manifest import Manifest, OtherVersionError, Piece, read_header, size_problems
 from colossus.checkpoint.payload import CHUNK_BYTES, hash_range, map_file, view_bytes
 from colossus.checkpoint.ranks import Ranks, SingleRank
-from colossus.checkpoint.shard import Box, overlap, slices
+from colossus.checkpoint.shard import Box, overlap, relative, slices
 from colossus.errors import CheckpointError
 
 _SHOWN_NAMES = 4
@@ -226,8 +226,8 @@ def _read(
     for one in overlaps:
         piece, target, box = one.piece, tensors[one.name], wanted[one.name]
         source = view_bytes(data, piece.start, piece.shape, target.dtype)
-        target[slices(_relative(one.offsets, box.offsets), one.shape)] = source[
-            slices(_relative(one.offsets, piece.offsets), one.shape)
+        target[slices(relative(one.offsets, box.offsets), one.shape)] = source[
+            slices(relative(one.offsets, piece.offsets), one.shape)
         ]
 
 
@@ -239,7 +239,7 @@ def _check(file: RawIOBase, payload: str, one: _Overlap, dtype: torch.dtype, buf
             raise damaged
         return
     touched = touched_chunks(
-        piece.shape, _relative(one.offsets, piece.offsets), one.shape, dtype.itemsize, piece.chunk_bytes
+        piece.shape, relative(one.offsets, piece.offsets), one.shape, dtype.itemsize, piece.chunk_bytes
     )
     for i in touched:
         start = i * piece.chunk_bytes
@@ -274,7 +274,3 @@ def touched_chunks(
     np.add.at(edges, first, 1)
     np.add.at(edges, last + 1, -1)
     return np.flatnonzero(np.cumsum(edges[:-1])).tolist()
-
-
-def _relative(offsets: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(offset - start for offset, start in zip(offsets, origin, strict=True))

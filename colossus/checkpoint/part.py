@@ -165,8 +165,7 @@ def _pieces(
     for name, (payload, start, digest) in places.items():
         box = boxes[name]
         (hashes,) = table.get(name, ((),))
-        num_bytes = box.num_elements * box.dtype.itemsize
         pieces[name] = Piece(
-            box.offsets, box.shape, payload, start, num_bytes, digest, tuple(hashes), chunk_bytes
+            box.offsets, box.shape, payload, start, box.num_bytes, digest, tuple(hashes), chunk_bytes
         )
     return pieces

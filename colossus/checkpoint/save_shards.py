@@ -24,6 +24,7 @@ import xxhash
 
 from colossus.checkpoint.directory import (
     GIVEN_UP_NAME,
+    Checkpoint,
     attempt_path,
     begin_attempt,
     list_checkpoints,
@@ -47,6 +48,7 @@ TIMEOUT_S = 600.0
 """How long rank 0 waits, when its own part is written, for those of the others."""
 
 _SHOWN_RANKS = 8
+_LOOKS = 10
 
 
 def save_shards(
@@ -128,7 +130,7 @@ class Attempt:
     ) -> Saved:
         """This rank's share of it, and the wait for the others'. Raises as `save_shards` does."""
         started = time.perf_counter()
-        num_bytes = sum(shard.tensor.nbytes for shard in shards.values())
+        num_bytes = sum(shard.box.num_bytes for shard in shards.values())
         try:
             if self.rank == 0:
                 begin_attempt(self.path)
@@ -237,13 +239,13 @@ class Attempt:
             if reason is not None:
                 raise CheckpointError(reason)
             if not self.path.exists():
-                # The same directory under a checkpoint's name; that may be changing, so look more than once.
-                for checkpoint in list_checkpoints(self.directory):
-                    with contextlib.suppress(OSError):
-                        if checkpoint.step == self.step and checkpoint.path.stat().st_ino == inode:
-                            return checkpoint.path
+                # The same directory under a checkpoint's name. Where it replaces one of the same step its name changes
+                # once more, so wait a little for the last one.
+                found = self._published(inode)
                 looks += 1
-                if looks == 10:
+                if found and (found.version == 0 or looks == _LOOKS):
+                    return found.path
+                if looks == _LOOKS:
                     raise CheckpointError(
                         f"the checkpoint of step {self.step} was given up by rank 0; see its error"
                     )
@@ -252,6 +254,13 @@ class Attempt:
                     f"the checkpoint of step {self.step} was neither published nor given up by rank 0 within "
                     f"{2 * self.timeout_s:g} s; the checkpoints before it stay. See whether rank 0 lives"
                 )
+
+    def _published(self, inode: int) -> Checkpoint | None:
+        for checkpoint in list_checkpoints(self.directory):
+            with contextlib.suppress(OSError):
+                if checkpoint.step == self.step and checkpoint.path.stat().st_ino == inode:
+                    return checkpoint
+        return None
 
     def _given_up(self) -> str | None:
         """Rank 0's reason, if it gave up."""

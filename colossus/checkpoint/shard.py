@@ -31,6 +31,10 @@ class Box:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
@@ -75,6 +79,11 @@ def overlap(
 def slices(offsets: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
     """A box as an index of the tensor that it is in."""
     return tuple(slice(start, start + length) for start, length in zip(offsets, shape, strict=True))
+
+
+def relative(offsets: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
+    """Offsets in a tensor as offsets in a box of it that begins at `origin`."""
+    return tuple(offset - start for offset, start in zip(offsets, origin, strict=True))
 
 
 def _check_bounds(global_shape: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]) -> None:

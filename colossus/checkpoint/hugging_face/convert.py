@@ -11,22 +11,28 @@ from colossus.zoo.hugging_face.tensors import Part, StoredTensor
 
 
 def stored(
-    tensor: StoredTensor, parameter: Callable[[str], Tensor], *, dtype: torch.dtype | None = None
+    tensor: StoredTensor,
+    parameter: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    one_of: Callable[[str, int], Tensor] | None = None,
 ) -> Tensor:
     """The tensor as the file holds it, `tensor.shape`, on the host. None: in the dtype of its first part.
+
+    `one_of` gives one expert's values of a parameter, where taking them from `parameter(name)` would make all experts'.
 
     Shares memory with the parameter where that is all there is to it; so it is for reading.
     """
     dtype = dtype or parameter(tensor.parts[0].parameter).dtype
     if len(tensor.parts) == 1 and not tensor.parts[0].box:
-        whole = _placed(tensor.parts[0], parameter(tensor.parts[0].parameter).detach()).to(dtype)
+        whole = _placed(tensor.parts[0], parameter, one_of).to(dtype)
         if tuple(whole.shape) != tensor.shape:
             raise _other_shape(tensor.name, whole, tensor.shape)
         return whole
     whole = torch.empty(tensor.shape, dtype=dtype)
     num_elements = 0
     for part in tensor.parts:
-        piece = _placed(part, parameter(part.parameter).detach())
+        piece = _placed(part, parameter, one_of)
         box = whole[part.box] if part.box else whole
         if box.shape != piece.shape:
             raise _other_shape(f"the part {part.parameter} of {tensor.name}", piece, tuple(box.shape))
@@ -60,9 +66,16 @@ def fill(tensor: StoredTensor, data: Tensor, parameters: Mapping[str, Tensor]) -
     return num_elements
 
 
-def _placed(part: Part, parameter: Tensor) -> Tensor:
+def _placed(
+    part: Part, parameter: Callable[[str], Tensor], one_of: Callable[[str, int], Tensor] | None
+) -> Tensor:
     """The part in the stored order; a view where rows stay where they are."""
-    piece = parameter if part.expert is None else parameter[part.expert]
+    if part.expert is None:
+        piece = parameter(part.parameter).detach()
+    elif one_of is None:
+        piece = parameter(part.parameter).detach()[part.expert]
+    else:
+        piece = one_of(part.parameter, part.expert).detach()
     if part.rows is not None:
         piece = piece.index_select(max(piece.dim() - 2, 0), _index(part.rows))
     return piece.transpose(-1, -2) if part.transposed else piece

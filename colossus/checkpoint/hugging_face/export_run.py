@@ -53,6 +53,7 @@ def export_run(
         max_shard_bytes=max_shard_bytes,
         tokenizer=run.tokenizer_path,
         card=model_card(run, config, loaded.step, dtype, _origin(run)),
+        one_of=lambda name, i: loaded.one_of(f"model.{name}", i),
         release=loaded.forget_pages,
         progress=progress,
     )

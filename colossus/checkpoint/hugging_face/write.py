@@ -47,13 +47,15 @@ def write_directory(
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer: Path | None = None,
     card: str | None = None,
+    one_of: Callable[[str, int], Tensor] | None = None,
     release: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> Written:
     """Write a model for `transformers`, vLLM and others; returns when it would survive a power cut.
 
-    `parameter` gives a parameter's values by its name in `model.parameters()`; `release` is called when those given
-    so far are not needed any more. `tokenizer` is a folder with a tokenizer, and what came with it. float32 is
+    `parameter` gives a parameter's values by its name in `model.parameters()`, and `one_of` those of one expert, if
+    that is cheaper than taking them from all experts'; `release` is called when those given so far are not needed any
+    more. `tokenizer` is a folder with a tokenizer, and what came with it. float32 is
     exact; in bfloat16 only the bias that balances experts stays float32, as small steps move it.
 
     Raises ConfigError if no architecture holds the model or `directory` is not empty, CheckpointError if it cannot
@@ -67,7 +69,7 @@ def write_directory(
     progress = progress or SilentProgress()
     progress.stage(f"writing {directory}", num_bytes)
     with new_directory(directory) as target:
-        _write_shards(target, shards, parameter, release, progress)
+        _write_shards(target, shards, parameter, one_of, release, progress)
         ids: dict[str, Any] = {}
         if tokenizer is not None:
             ids = write_tokenizer(target, tokenizer, model.context_tokens)
@@ -105,6 +107,7 @@ def _write_shards(
     target: Path,
     shards: Sequence[_Shard],
     parameter: Callable[[str], Tensor],
+    one_of: Callable[[str, int], Tensor] | None,
     release: Callable[[], None],
     progress: Progress,
 ) -> None:
@@ -116,7 +119,7 @@ def _write_shards(
         def make(name: str, by_name: dict[str, tuple[StoredTensor, TensorType]] = by_name) -> Tensor:
             release()
             tensor, kind = by_name[name]
-            data = stored(tensor, parameter, dtype=kind.dtype)
+            data = stored(tensor, parameter, dtype=kind.dtype, one_of=one_of)
             check_finite(name, data, "this model")
             progress.advance(kind.num_bytes)
             return data
