@@ -1,5 +1,6 @@
 """Causal grouped-query attention over packed documents."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,28 @@ class Sight:
 
     Biases are those of `attention_bias`, (rows, 1, tokens, keys), or None where one token of each row sees all keys:
     `full` for layers that see all of a document, `windowed` for those with a window. `rotation` and `temperatures`
-    where the model has them.
+    where the model has them. `attend` is attention itself, wherever keys and values are.
     """
 
     full: Tensor | None
     windowed: Tensor | None
     rotation: Rotation | None
     temperatures: Tensor | None
+    attend: Callable[..., Tensor] = attend
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """Which tokens of each row a pass computes, by index: int64 (1, tokens) each.
+
+    `held`: whose hidden states stand here; `attended`: whose queries, keys and values are made here; `queries`: whose
+    queries meet keys here, when `attend` has brought both together.
+    """
+
+    held: Tensor
+    attended: Tensor
+    queries: Tensor
+    attend: Callable[..., Tensor] = attend
 
 
 class Attention(nn.Module):
@@ -54,7 +70,7 @@ class Attention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
-        mixed = attend(
+        mixed = sight.attend(
             query,
             key,
             value,

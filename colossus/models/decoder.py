@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colossus.models.attend import attention_bias
-from colossus.models.attention import Attention, Sight
+from colossus.models.attention import Attention, Portion, Sight
 from colossus.models.cache import Cache, LayerCache
 from colossus.models.latent_attention import LatentAttention
 from colossus.models.lookups import NgramEmbedding, RecallEmbedding
@@ -95,11 +95,14 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         cache: Cache | None = None,
         router_losses: RouterLosses | None = None,
+        portion: Portion | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """The last hidden state of each token, ready for the head: (rows, tokens, hidden_size) in `dtype`.
 
         tokens: int64 (rows, tokens). documents: the index of the document that each token belongs to, for
-        rows packed from several; None: one document. With a `cache`, `tokens` continue what it has seen.
+        rows packed from several; None: one document. With a `cache`, `tokens` continue what it has seen. With a
+        `portion`, only that of the tokens is computed. With `hidden`, the layers go on from there.
         """
         if cache is None:
             documents = torch.zeros_like(tokens) if documents is None else documents
@@ -108,20 +111,34 @@ class Decoder(nn.Module):
         else:
             all_tokens, all_documents = cache.extend(tokens, documents)
             index = cache.place.index
-        positions = self._positions_in_document(all_documents, index)
-        x = self.embedding(tokens)
+        portion = Portion(index, index, index) if portion is None else portion
+        if hidden is None:
+            hidden = self._embedded(tokens, all_tokens, all_documents, portion, dtype)
+        sight = self._sight(all_documents, portion, dtype, cache)
+        for number, layer in enumerate(self.layers):
+            hidden = layer(hidden, sight, None if cache is None else cache.layers[number], router_losses)
+        return self.final_norm(hidden)
+
+    def _embedded(
+        self,
+        tokens: Tensor,
+        all_tokens: Tensor,
+        all_documents: Tensor,
+        portion: Portion,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """What the first layer sees of the tokens that are held."""
+        index = portion.held
+        all_of_them = portion.attended.shape[1] == tokens.shape[1]
+        x = self.embedding(tokens if all_of_them else tokens[:, portion.attended[0]])
         if self.spec.embedding_multiplier != 1:
             x = x * self.spec.embedding_multiplier
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(self._positions_in_document(all_documents, index))
         for lookup in (self.ngram_embedding, self.recall_embedding):
             if lookup is not None:
                 x = x + lookup(all_tokens, all_documents, index)
-        x = self.embedding_norm(x.to(dtype))
-        sight = self._sight(all_documents, index, positions, dtype, cache)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, sight, None if cache is None else cache.layers[number], router_losses)
-        return self.final_norm(x)
+        return self.embedding_norm(x.to(dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 (rows, tokens, vocab_size) of `forward`'s hidden states; training never holds it whole."""
@@ -133,10 +150,8 @@ class Decoder(nn.Module):
         """An empty one, to continue `num_rows` sequences with."""
         return Cache(self.spec.num_layers, num_rows, self.embedding.weight.device)
 
-    def _positions_in_document(self, documents: Tensor, index: Tensor) -> Tensor | None:
-        """Of the tokens at `index`; None where nothing asks for them. Rotations do not: only differences count."""
-        if not self.spec.learned_positions and self._temperature_tokens is None:
-            return None
+    def _positions_in_document(self, documents: Tensor, index: Tensor) -> Tensor:
+        """Of the tokens at `index`. Rotations ask for no such thing: only differences count."""
         return positions_in_document(documents).gather(1, index.expand(documents.shape[0], -1))
 
     @property
@@ -144,27 +159,24 @@ class Decoder(nn.Module):
         attention = self.spec.attention
         return attention.score_temperature_tokens if isinstance(attention, AttentionSpec) else None
 
-    def _sight(
-        self,
-        documents: Tensor,
-        index: Tensor,
-        positions: Tensor | None,
-        dtype: torch.dtype,
-        cache: Cache | None,
-    ) -> Sight:
+    def _sight(self, documents: Tensor, portion: Portion, dtype: torch.dtype, cache: Cache | None) -> Sight:
         window, temperature_tokens = self.spec.attention.window, self._temperature_tokens
+        index = portion.queries
         # One more token for rows that are equally long sees all that there is.
         sees_all = cache is not None and cache.place.is_next_of_all and not cache.has_documents
-        queries = documents if cache is None else documents.gather(1, index.expand(documents.shape[0], -1))
+        queries = documents.gather(1, index.expand(documents.shape[0], -1))
         full = None if sees_all else attention_bias(queries, documents, index, dtype)
         windowed = full
         if window is not None and not (sees_all and documents.shape[1] <= window.tokens):
             windowed = attention_bias(queries, documents, index, dtype, window.tokens)
+        temperatures = None
+        if temperature_tokens is not None:
+            positions = self._positions_in_document(documents, index)
+            temperatures = score_temperatures(positions, temperature_tokens).to(dtype)
         return Sight(
             full=full,
             windowed=windowed,
-            rotation=None if self.rope is None else self.rope(index, dtype),
-            temperatures=None
-            if temperature_tokens is None
-            else score_temperatures(positions, temperature_tokens).to(dtype),
+            rotation=None if self.rope is None else self.rope(portion.attended, dtype),
+            temperatures=temperatures,
+            attend=portion.attend,
         )

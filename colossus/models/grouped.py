@@ -21,6 +21,13 @@ def multiply_groups(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _multiply(x, weight, ends)
 
 
+def sum_groups(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """The weight's gradient: each expert's gradientᵀ · x, (num_experts, outputs, inputs)."""
+    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
+        return F.grouped_mm(gradient.t(), x, offs=ends)
+    return _sum(gradient, x, ends)
+
+
 def _aligned(weight: Tensor) -> bool:
     """Whether all rows start at multiples of 16 bytes."""
     return all(size * weight.dtype.itemsize % 16 == 0 for size in weight.shape[1:])

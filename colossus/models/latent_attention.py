@@ -39,7 +39,7 @@ class LatentAttention(nn.Module):
         query = (
             self.query(x) if spec.q_lora_rank is None else self.query_up(self.query_norm(self.query_down(x)))
         )
-        query = query.unflatten(-1, (spec.num_heads, spec.head_dim))
+        query = query.unflatten(-1, (-1, spec.head_dim))
         plain_query, turned_query = query.split([spec.nope_head_dim, spec.rope_head_dim], -1)
         turned_query = rotate(turned_query, rotation)
         latent, shared_key = self.key_value_down(x).split([spec.kv_lora_rank, spec.rope_head_dim], -1)
@@ -53,13 +53,13 @@ class LatentAttention(nn.Module):
         self, plain: Tensor, turned: Tensor, latent: Tensor, shared_key: Tensor, sight: Sight, _: None
     ) -> Tensor:
         spec = self.spec
-        made = self.key_value_up(latent).unflatten(-1, (spec.num_heads, -1))
+        made = self.key_value_up(latent).unflatten(-1, (-1, spec.nope_head_dim + spec.value_head_dim))
         plain_key, value = made.split([spec.nope_head_dim, spec.value_head_dim], -1)
-        key = torch.cat([plain_key, shared_key.expand(-1, -1, spec.num_heads, -1)], -1)
+        key = torch.cat([plain_key, shared_key.expand(-1, -1, plain_key.shape[2], -1)], -1)
         query = torch.cat([plain, turned], -1)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         # A copy: kept for the backward pass as it is, the value would keep the plain keys beside it in memory.
-        return attend(query, key, value.contiguous(), sight.full, scale=self.scale)
+        return sight.attend(query, key, value.contiguous(), sight.full, scale=self.scale)
 
     def _mix_latents(
         self,

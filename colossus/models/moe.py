@@ -1,5 +1,6 @@
 """Mixtures of experts: each token goes through a few of many MLPs, chosen by a router. No token is ever dropped."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from colossus.models.grouped import multiply_groups
 from colossus.models.parts import GATED, PLAIN, Linear, build_mlp
+from colossus.models.recompute import is_recomputing
 from colossus.spec.model import MoeSpec, RouterGroups
 
 
@@ -58,6 +60,7 @@ class MixtureOfExperts(nn.Module):
             inner = spec.shared.intermediate_size
             self.shared = build_mlp(hidden_size, inner, spec.activation, bias=spec.bias)
         self.register_buffer("load", torch.empty(spec.num_experts), persistent=False)
+        self.whole_sequences = ALL_HERE
 
     def reset_buffers(self) -> None:
         self.load.zero_()
@@ -72,16 +75,16 @@ class MixtureOfExperts(nn.Module):
             mixed = mixed + self.shared(x)
             if self.spec.shared.sum_multiplier != 1:
                 mixed = mixed * self.spec.shared.sum_multiplier
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_recomputing():
             with torch.no_grad():
                 self.load += tokens_of_experts(chosen, self.spec.num_experts)
-            if losses is not None:
-                loss = losses.z * logits.logsumexp(-1).square().sum()
-                per_sequence = (*x.shape[:2], -1)
-                loss = loss + losses.balance * balance_loss(
-                    scores.view(per_sequence), chosen.view(per_sequence)
-                )
-                mixed = _WithLoss.apply(mixed, loss)
+        if torch.is_grad_enabled() and losses is not None:
+            loss = losses.z * logits.logsumexp(-1).square().sum()
+            per_sequence = (*x.shape[:2], -1)
+            loss = loss + losses.balance * balance_loss(
+                scores.view(per_sequence), chosen.view(per_sequence), self.whole_sequences
+            )
+            mixed = _WithLoss.apply(mixed, loss)
         return mixed
 
 
@@ -118,16 +121,30 @@ def _within_groups(preferred: Tensor, groups: RouterGroups, num_best: int) -> Te
     return grouped.masked_fill(left[..., None], -torch.inf).flatten(-2)
 
 
-def balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class WholeSequences:
+    """From what is summed over the tokens of each sequence that are here to the sum over all of its tokens.
+
+    `total` adds what stands elsewhere, of which there are `num_parts` in all.
+    """
+
+    num_parts: int = 1
+    total: Callable[[Tensor], Tensor] = staticmethod(lambda sums: sums)
+
+
+ALL_HERE = WholeSequences()
+
+
+def balance_loss(scores: Tensor, chosen: Tensor, whole: WholeSequences = ALL_HERE) -> Tensor:
     """Summed over sequences, times their tokens: num_experts · Σ share of choices · mean share of scores.
 
     scores: (rows, tokens, num_experts), chosen: (rows, tokens, top_k). The smallest is about the number of tokens.
     """
-    num_experts = scores.shape[2]
-    shares = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    num_tokens, num_experts = scores.shape[1] * whole.num_parts, scores.shape[2]
+    shares = whole.total((scores / scores.sum(-1, keepdim=True)).sum(1)) / num_tokens
     choices = chosen.flatten(1)
     ones = torch.ones_like(choices, dtype=shares.dtype)
-    counts = torch.zeros_like(shares).scatter_add_(1, choices, ones)
+    counts = whole.total(torch.zeros_like(shares).scatter_add_(1, choices, ones))
     return (counts * shares).sum() * num_experts / chosen.shape[2]
 
 
@@ -151,6 +168,9 @@ class _WithLoss(torch.autograd.Function):
 class StackedLinear(nn.Module):
     """One linear map for each expert: weight (num_experts, outputs, inputs)."""
 
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(multiply_groups)
+    """Set on an instance by what multiplies in a precision of its own."""
+
     def __init__(self, num_experts: int, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, outputs, inputs))
@@ -158,7 +178,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor, groups: "Groups") -> Tensor:
         """x: (rows, inputs), the rows of each expert together."""
-        made = multiply_groups(x, self.weight.to(x.dtype), groups.ends)
+        made = self.multiply(x, self.weight.to(x.dtype), groups.ends)
         return made if self.bias is None else made + self.bias.to(x.dtype)[groups.experts]
 
 
@@ -184,6 +204,11 @@ class _Unsorted(torch.autograd.Function):
         return gradient.index_select(0, order), None
 
 
+def unsorted(rows: Tensor, order: Tensor) -> Tensor:
+    """Undoes `rows[order]`."""
+    return _Unsorted.apply(rows, order)
+
+
 class Experts(nn.Module):
     """All experts' MLPs, stacked."""
 
@@ -199,12 +224,13 @@ class Experts(nn.Module):
         """x: (tokens, hidden_size); chosen, weights: (tokens, top_k). Returns the weighted sums, as x."""
         experts, order = chosen.flatten().sort(stable=True)
         ends = tokens_of_experts(chosen, self.up.weight.shape[0]).cumsum(0).int()
-        made = self._each(x[order // chosen.shape[1]], Groups(experts, ends))
+        made = self.each(x[order // chosen.shape[1]], Groups(experts, ends))
         # Back in the tokens' order, and summed in the order of choice: the same sum on every machine.
-        back = _Unsorted.apply(made, order).view(*chosen.shape, -1)
+        back = unsorted(made, order).view(*chosen.shape, -1)
         return (back * weights[..., None]).sum(1)
 
-    def _each(self, rows: Tensor, groups: Groups) -> Tensor:
+    def each(self, rows: Tensor, groups: Groups) -> Tensor:
+        """Every row through its expert: (rows, hidden_size)."""
         up = self.up(rows, groups)
         inner = self.activation(up) if self.gate is None else self.activation(self.gate(rows, groups), up)
         return self.down(inner, groups)

@@ -4,6 +4,7 @@ Weights are float32 and are cast to their input's dtype where they are used, so 
 float32 and in bfloat16, and gradients arrive in float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,13 +28,16 @@ class Embedding(nn.Module):
 class Linear(nn.Module):
     """`x · weightᵀ + bias`, weight (outputs, inputs)."""
 
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+    """Set on an instance by what multiplies in a precision of its own."""
+
     def __init__(self, inputs: int, outputs: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
+        return self.multiply(x, self.weight.to(x.dtype), _cast(self.bias, x.dtype))
 
 
 class _RmsNorm(torch.autograd.Function):

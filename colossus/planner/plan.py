@@ -25,8 +25,9 @@ from colossus.planner.search.infeasible import explain_infeasible
 from colossus.planner.search.space import PRECISIONS, Layouts
 from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
+from colossus.spec.layout import Layout
 from colossus.spec.model import ModelSpec
-from colossus.spec.plan import ContextExchange, Layout, Plan, PoolShare
+from colossus.spec.plan import ContextExchange, Plan, PoolShare
 
 LARGEST_PUBLISHED_BATCH_TOKENS = 15_360 * 4096
 """DeepSeek-V3 (arXiv:2412.19437); Llama 3.1 405B used 16M."""

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from colossus.errors import ConfigError
 from colossus.spec.base import Frozen
+from colossus.spec.measured import Measured
 from colossus.spec.model import Positive
 from colossus.spec.ranged import Ranged
 
@@ -53,6 +54,8 @@ class Chip(Sourced):
     """The limit the board is run at."""
     idle_watts: Rate
     price_usd: Ranged | None = None
+    measured: Measured | None = None
+    """What it was measured to do; the estimate then takes this in place of fitted constants."""
 
 
 class Node(Sourced):

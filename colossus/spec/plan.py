@@ -14,6 +14,7 @@ from colossus.errors import ConfigError
 from colossus.spec.base import Frozen
 from colossus.spec.fleet import Fleet, NonNegative, Precision
 from colossus.spec.goal import Goal
+from colossus.spec.layout import Layout
 from colossus.spec.model import ModelSpec, Positive
 from colossus.spec.ranged import Ranged
 
@@ -26,29 +27,6 @@ ContextExchange = Literal["ring", "all-gather", "all-to-all"]
 first (arXiv:2407.21783), or sequence parts traded for heads and back (arXiv:2309.14509)."""
 Sharding = Literal["none", "optimizer", "gradients", "weights"]
 """What is split over the shard axis besides the samples: ZeRO stages 0 to 3 (arXiv:1910.02054); 3 is FSDP."""
-
-
-class Layout(Frozen):
-    """Ranks along each mesh axis. A replica group is pp × shard × cp × tp ranks.
-
-    `ep` folds into shard × cp × tp.
-    """
-
-    replica: Positive = 1
-    pp: Positive = 1
-    shard: Positive = 1
-    cp: Positive = 1
-    tp: Positive = 1
-    ep: Positive = 1
-
-    @property
-    def num_ranks(self) -> int:
-        return self.replica * self.pp * self.shard * self.cp * self.tp
-
-    @property
-    def group_ranks(self) -> int:
-        """Ranks of one replica group, which holds one whole copy of the model."""
-        return self.pp * self.shard * self.cp * self.tp
 
 
 class PoolShare(Frozen):

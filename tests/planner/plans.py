@@ -6,7 +6,8 @@ from typing import Any
 from colossus.hardware import parse_fleet
 from colossus.planner.result import FrontPoint, MixtureGain, Planned
 from colossus.spec.goal import Goal
-from colossus.spec.plan import Alternative, Estimate, Layout, Plan, PoolShare
+from colossus.spec.layout import Layout
+from colossus.spec.plan import Alternative, Estimate, Plan, PoolShare
 from colossus.spec.ranged import Ranged
 from colossus.zoo import find
 

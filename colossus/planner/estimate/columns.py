@@ -26,10 +26,12 @@ class Columns:
 
     @classmethod
     def stack(cls, records: "list[Self]") -> Self:
-        """One record of scalars after the other."""
+        """One record of scalars after the other; what is no number is the first one's, and shared."""
         return cls(
             **{
                 field.name: np.array([float(getattr(record, field.name)) for record in records])
+                if np.size(value := getattr(records[0], field.name)) and isinstance(value, (np.ndarray, float, int))
+                else value
                 for field in fields(cls)
             }
         )

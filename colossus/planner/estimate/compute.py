@@ -74,6 +74,8 @@ def linear_s(
     it is read and written. In 8 bits, each operand is read, its scale found, and written narrow, also
     transposed, ahead of the product.
     """
+    if hardware.measured is not None:
+        return hardware.measured.linear_s(tokens, outputs, inputs, groups, hardware.dtype)
     forward = matmul_s(tokens, outputs, inputs, hardware, constants, groups=groups, wide=wide)
     backward = matmul_s(tokens, inputs, outputs, hardware, constants, groups=groups, wide=wide)
     backward = backward + matmul_s(
@@ -108,6 +110,8 @@ def attention_s(
     mask) and pass over it in memory: about 5 times forward and 6 backward, in 2 bytes, and `score_traffic`
     times that where the softmax is not fused either.
     """
+    if hardware.measured is not None:
+        return hardware.measured.attention_s(tokens, sequence, heads, query / heads, hardware.dtype)
     clock = hardware.power_share**constants.power_exponent
     rate = hardware.wide_flops * np.minimum(constants.attention * clock, 1.0)
     rate = rate * sequence / (sequence + constants.half_sequence)

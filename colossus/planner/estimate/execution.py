@@ -5,7 +5,9 @@ from typing import Final
 
 import numpy as np
 
+from colossus.planner.estimate import measured
 from colossus.planner.estimate.columns import Array, Columns
+from colossus.planner.estimate.measured import MeasuredRates
 from colossus.spec.fleet import Generation, Node, Precision
 
 RECOMPUTE: Final = ("none", "selective", "alternate", "full")
@@ -92,6 +94,10 @@ class Hardware(Columns):
     """1 where the switches of the scale-up domain add (NVLink SHARP)."""
     fabric_reduces: Array = field(default_factory=lambda: np.zeros(()))
     """1 where the switches between nodes add (SHARP)."""
+    measured: MeasuredRates | None = None
+    """What the chip was measured to do, which then counts in place of what is specified; shared by all rows."""
+    dtype: Array = field(default_factory=lambda: np.zeros(()))
+    """Which of the measured dtypes matmuls run in."""
 
     @classmethod
     def of(
@@ -118,8 +124,10 @@ class Hardware(Columns):
                     "scale_up_chips": scale_up_chips or node.scale_up_chips,
                     "scale_up_bandwidth": node.scale_up_bandwidth,
                     "nic_bandwidth": nic_bandwidth or node.nic_bandwidth,
+                    "dtype": measured.index_of(chip, precision),
                 }.items()
-            }
+            },
+            measured=measured.rates(chip.measured) if chip.measured else None,
         )
 
 

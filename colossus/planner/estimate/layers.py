@@ -15,6 +15,11 @@ from colossus.planner.estimate.columns import Array, Columns, soft_max
 from colossus.planner.estimate.compute import attention_s, linear_s, memory_s
 from colossus.planner.estimate.constants import Constants
 from colossus.planner.estimate.execution import Execution, Hardware
+from colossus.planner.estimate.measured_parts import (
+    measured_elementwise_s,
+    measured_entry_s,
+    measured_loss_s,
+)
 from colossus.planner.estimate.shape import ModelShape
 
 ALTERNATE_MATMULS = 0.5
@@ -110,7 +115,7 @@ def layer_times(
         context_s=context,
         expert_s=_dispatch(shape, x, tokens, hardware, c) * (2.0 + again_matmul),
         head_s=head_s(shape, x, hardware, c) * c.stack,
-        embedding_s=memory_s(2.0 * local * shape.hidden * 6.0, hardware, c),
+        embedding_s=_embedding_s(shape, x, tokens, local, hardware, c),
     )
     queued = times.busy_s + times.tensor_s + times.context_s + times.expert_s
     return replace(times, launch_s=_launch(x, queued, c))
@@ -128,6 +133,15 @@ def gradient_traffic(x: Execution) -> Array:
     (and added by a pass of its own, `accumulated_bytes`).
     """
     return np.where(x.few_launches > 0, 2.0 * x.gradient_bytes, 2.0)
+
+
+def _embedding_s(
+    shape: ModelShape, x: Execution, tokens: Array, local: Array, hardware: Hardware, c: Constants
+) -> Array:
+    """Seconds of what comes before the first layer, for one micro-batch, forward and backward."""
+    if hardware.measured is not None:
+        return measured_entry_s(shape, x, tokens, local, hardware.measured, hardware.dtype)
+    return memory_s(2.0 * local * shape.hidden * 6.0, hardware, c)
 
 
 def accumulated_bytes(x: Execution) -> Array:
@@ -156,6 +170,8 @@ def attended_keys(shape: ModelShape, sequence: Array) -> Array:
 def head_s(shape: ModelShape, x: Execution, hardware: Hardware, c: Constants) -> Array:
     """Seconds of logits, loss and their gradients for one micro-batch, split over tensor-parallel ranks."""
     tokens = x.micro_batch * x.sequence / x.cp
+    if hardware.measured is not None:
+        return measured_loss_s(shape, x, tokens, hardware.measured, hardware.dtype)
     traffic = gradient_traffic(x)
     forward, backward = linear_s(
         tokens, shape.vocab / x.tp, shape.hidden, hardware, c, wide=True, gradient_bytes=traffic
@@ -246,6 +262,8 @@ def _attention(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardwar
 def _elementwise(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants) -> Passes:
     """Norms, residual sums, rotations, activations, in 2 bytes; backward passes over memory twice as often."""
     local = tokens / np.where(x.sequence_parallel > 0, x.tp, 1.0)
+    if hardware.measured is not None:
+        return measured_elementwise_s(shape, x, tokens, local, hardware.measured, hardware.dtype)
     dense = shape.dense_layers / shape.layers
     norms = (c.hidden_passes + 2.0 * (shape.norms - 2.0)) * np.where(x.fused > 0, 1.0, c.unfused_norm)
     gates = (dense * shape.mlp + (1.0 - dense) * shape.shared) * shape.mlp_matrices

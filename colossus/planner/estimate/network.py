@@ -10,11 +10,26 @@ import numpy as np
 from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.constants import Constants
 from colossus.planner.estimate.execution import Hardware
+from colossus.spec.measured import CollectiveKind
 
 
 def members_inside(size: Array, stride: Array, hardware: Hardware) -> Array:
     """Members of a group that share one scale-up domain."""
     return np.asarray(np.clip(np.floor(hardware.scale_up_chips / stride), 1.0, np.maximum(size, 1.0)))
+
+
+def _measured_s(
+    kinds: tuple[CollectiveKind, ...], size_bytes: Array, size: Array, inside: Array, hardware: Hardware
+) -> Array | None:
+    """The mean over `kinds` as they were measured on one node; None where they were not, or where any group leaves
+    its node."""
+    if hardware.measured is None or np.any((size > 1.0) & (inside < size)):
+        return None
+    times = [hardware.measured.collective_s(kind, size_bytes, size) for kind in kinds]
+    known = [time for time in times if time is not None]
+    if not known:
+        return None
+    return np.where(size > 1.0, sum(known) / len(known), 0.0)
 
 
 def ring_s(size_bytes: Array, size: Array, stride: Array, hardware: Hardware, constants: Constants) -> Array:
@@ -26,6 +41,8 @@ def ring_s(size_bytes: Array, size: Array, stride: Array, hardware: Hardware, co
     """
     size = np.maximum(size, 1.0)
     inside = members_inside(size, stride, hardware)
+    if (measured := _measured_s(("reduce_scatter", "all_gather"), size_bytes, size, inside, hardware)) is not None:
+        return measured
     moved = size_bytes * (size - 1.0) / size
     within_s = moved / (hardware.scale_up_bandwidth * constants.scale_up)
     outside = size > inside
@@ -48,7 +65,10 @@ def all_reduce_s(
     size_bytes: Array, size: Array, stride: Array, hardware: Hardware, constants: Constants
 ) -> Array:
     """Seconds of one all-reduce of `size_bytes`: a scatter and a gather, or the switches' own sum."""
-    inside = members_inside(size, stride, hardware) >= size
+    members = members_inside(size, stride, hardware)
+    if (measured := _measured_s(("all_reduce",), size_bytes, size, members, hardware)) is not None:
+        return measured
+    inside = members >= size
     in_switches = np.where(inside, hardware.domain_reduces, hardware.fabric_reduces)
     gain = 1.0 + (REDUCTION_GAIN - 1.0) * in_switches
     return np.asarray(ring_s(2.0 * size_bytes, size, stride, hardware, constants) / gain)
@@ -72,6 +92,8 @@ def all_to_all_s(
     """
     size = np.maximum(size, 1.0)
     inside = members_inside(size, stride, hardware)
+    if (measured := _measured_s(("all_to_all",), size_bytes, size, inside, hardware)) is not None:
+        return measured
     within_s = size_bytes * (inside - 1.0) / size / (hardware.scale_up_bandwidth * constants.scale_up)
     domains = size / inside
     wanted = domains * (1.0 - (1.0 - 1.0 / domains) ** copies) / np.maximum(copies, 1.0)
@@ -87,6 +109,9 @@ def send_s(size_bytes: Array, size: Array, stride: Array, hardware: Hardware, co
     The slowest hop sets the pace: NICs, as soon as the chain leaves a scale-up domain.
     """
     inside = size * stride <= hardware.scale_up_chips
+    members = np.where(inside, size, 1.0)
+    if (measured := _measured_s(("send",), size_bytes, size, members, hardware)) is not None:
+        return measured
     bandwidth = np.where(
         inside,
         hardware.scale_up_bandwidth * constants.scale_up,

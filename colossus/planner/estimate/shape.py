@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from colossus.planner.estimate.columns import Array, Columns
-from colossus.spec.model import LatentAttentionSpec, MlpSpec, ModelSpec, MoeSpec
+from colossus.planner.estimate.measured import ACTIVATIONS
+from colossus.spec.model import AttentionSpec, LatentAttentionSpec, LayerNormSpec, MlpSpec, ModelSpec, MoeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,14 @@ class ModelShape(Columns):
     """1 where the head uses the embedding's weights."""
     positions: Array
     """Learned positions: rows of their table; 0: none."""
+    activation: Array
+    """Index into ACTIVATIONS (measured.py)."""
+    layer_norms: Array
+    """1 where norms also take the mean off."""
+    head_norms: Array
+    """1 where queries and keys are normed too."""
+    rotary: Array
+    """1 where queries and keys are turned by their position."""
 
     @property
     def expert_layers(self) -> Array:
@@ -118,5 +127,9 @@ class ModelShape(Columns):
             "vocab": model.vocab_size,
             "tied": model.tied_embeddings,
             "positions": model.context_tokens if model.learned_positions else 0,
+            "activation": ACTIVATIONS.index(mlp.activation),
+            "layer_norms": isinstance(model.norm, LayerNormSpec),
+            "head_norms": isinstance(attention, AttentionSpec) and attention.qk_norm,
+            "rotary": attention.rope is not None,
         }
         return cls(**{name: np.asarray(float(value)) for name, value in numbers.items()})

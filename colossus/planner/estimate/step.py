@@ -18,6 +18,7 @@ from colossus.planner.estimate.layers import (
     layer_times,
     layer_weights,
 )
+from colossus.planner.estimate.measured_parts import measured_gradients_s
 from colossus.planner.estimate.shape import ModelShape
 
 __all__ = [
@@ -77,6 +78,8 @@ def step_parts_of(
     x, c = execution, constants
     weights = layer_weights(shape, x)
     accumulate = memory_s(accumulated_bytes(x) * weights, hardware, c) * c.stack
+    if hardware.measured is not None:
+        accumulate = measured_gradients_s(x, weights, hardware.measured, hardware.dtype)
     busy = layers.busy_s + accumulate
     # While attention waits for keys and values, or the chip for its next kernel, gathers go on behind that too.
     shard = _sharded_s(x, weights, busy + layers.launch_s + layers.context_s, hardware, c)
@@ -230,6 +233,9 @@ def _optimizer_s(x: Execution, dense: Array, experts: Array, hardware: Hardware,
     expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
     owners = np.where(x.sharding >= 1, np.where(x.sharding == 1, _owners(x), x.shard), 1.0)
     expert_owners = np.where(x.sharding >= 1, np.minimum(expert_ranks, owners), 1.0)
+    if hardware.measured is not None:
+        weights = dense / owners + experts / expert_owners
+        return hardware.measured.operation_s("optimizer", weights, hardware.dtype)
     return memory_s(c.optimizer_bytes * (dense / owners + experts / expert_owners), hardware, c)
 
 

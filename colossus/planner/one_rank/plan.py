@@ -3,7 +3,7 @@
 from colossus.errors import ConfigError
 from colossus.planner.one_rank.memory import step_memory
 from colossus.spec.model import Dtype, ModelSpec, MoeSpec
-from colossus.spec.plan import Layout
+from colossus.spec.layout import Layout
 from colossus.spec.rank import Machine, RankEstimate, RankPlan
 from colossus.spec.run import RunConfig
 from colossus.units import format_bytes, format_seconds

@@ -12,7 +12,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from colossus.planner.schedule.order import KINDS, V_SHAPED, Op, Schedule, grouped_order
+from colossus.planner.schedule.order import KINDS, Op, Schedule, grouped_order
+from colossus.spec.stages import V_SHAPED
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]

@@ -20,11 +20,10 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 from colossus.errors import ConfigError, did_you_mean
+from colossus.spec.stages import V_SHAPED
 
 Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
-V_SHAPED: frozenset[Schedule] = frozenset({"zbv", "dualpipev"})
-"""Schedules with two chunks per rank, the second one running back from the last rank to the first."""
 
 Kind = Literal["forward", "backward", "backward_input", "backward_weight", "forward_backward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

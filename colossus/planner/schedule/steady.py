@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from colossus.planner.schedule.graph import NEVER, Floats, Graph, Ints, durations, ends_s, graph, part
 from colossus.planner.schedule.order import (
-    V_SHAPED,
     Op,
     Schedule,
     check_shape,
@@ -25,6 +24,7 @@ from colossus.planner.schedule.order import (
     micro_batch_group,
 )
 from colossus.planner.schedule.times import StageTimes, check_times
+from colossus.spec.stages import V_SHAPED
 
 Bools = NDArray[np.bool_]
 

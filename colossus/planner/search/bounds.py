@@ -10,6 +10,7 @@ import numpy.typing as npt
 from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.constants import Constants, shipped
 from colossus.planner.estimate.execution import FASTEST_EXCHANGE, Execution, Hardware
+from colossus.planner.estimate.measured import with_measured
 from colossus.planner.estimate.memory import memory_constants, memory_parts
 from colossus.planner.estimate.shape import ModelShape
 from colossus.planner.estimate.step import head_s, stage_layers, step_parts
@@ -83,7 +84,7 @@ class Problem:
         ).take(rows)
         generation = pool.chip.generation
         constants = Constants.gather(
-            self.values, [generation] * len(names), names, [SOFTWARE] * len(names), [ATTENTION] * len(names)
+            with_measured(self.values, pool.chip), [generation] * len(names), names, [SOFTWARE] * len(names), [ATTENTION] * len(names)
         )
         return hardware, constants.take(rows)
 
