@@ -54,7 +54,7 @@ def load_shards(
         header = read_header(path)
         check_model(header, expect)
         found = _present(header, wanted, optional)
-        pieces, payload_bytes = _pieces(path, header, found)
+        pieces, payload_bytes = locate(path, header, found)
         tensors = {name: torch.empty(box.shape, dtype=box.dtype) for name, box in found.items()}
         by_payload: dict[str, list[_Overlap]] = {}
         for name, box in found.items():
@@ -158,10 +158,10 @@ def _present(header: Manifest | Index, wanted: Mapping[str, Box], optional: Sequ
     return present
 
 
-def _pieces(
+def locate(
     path: Path, header: Manifest | Index, wanted: Mapping[str, Box]
 ) -> tuple[dict[str, list[Piece]], dict[str, int]]:
-    """For each wanted tensor the pieces that its box may overlap, and the sizes of all payloads they are in."""
+    """All the planning that a load takes: for each wanted tensor the pieces that its box may overlap, and the sizes of all payloads they are in."""
     if isinstance(header, Manifest):
         return {name: list(header.tensors[name].pieces) for name in wanted}, header.file_bytes()
     holders = parts_to_read(header, wanted)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from colossus.checkpoint.payload import HASHED_BYTES, TensorType
@@ -100,7 +102,7 @@ class Announcement:
 
     rank: int
     tensors: bytes
-    boxes: Sequence[int]
+    boxes: npt.NDArray[np.int64]
     payload_bytes: Mapping[str, int]
 
 
@@ -131,7 +133,8 @@ def read_announcement(path: Path, rank: int) -> Announcement:
     lines = [line.removesuffix(b",").partition(b": ")[2] for line in data.split(b"\n", 8)[5:8]]
     if not match or len(lines) != 3 or _layout_hash(*lines) != match[1].decode():
         raise CheckpointError(f"{path.name} is damaged: its layout does not match its hash")
-    return Announcement(rank, lines[0], json.loads(lines[1]), json.loads(lines[2]))
+    numbers = np.fromstring(lines[1].strip(b"[]").decode(), dtype=np.int64, sep=",")
+    return Announcement(rank, lines[0], numbers, json.loads(lines[2]))
 
 
 def parse_tensors(tensors: bytes) -> dict[str, TensorType]:

@@ -80,7 +80,7 @@ def place(announcements: Iterable[Announcement]) -> dict[str, Placed]:
     for text, group in alike.items():
         tensors = parse_tensors(text)
         ranks = np.array([one.rank for one in group], np.int64)
-        numbers = np.array([one.boxes for one in group], np.int64)
+        numbers = np.stack([one.boxes for one in group])
         position = 0
         for name, kind in tensors.items():
             if kinds.setdefault(name, kind) != kind:
