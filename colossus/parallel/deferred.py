@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from colossus.models import Decoder
 from colossus.models.grouped import multiply_groups, sum_groups
-from colossus.models.moe import Groups, Router, StackedLinear
+from colossus.models.moe import Groups, StackedLinear
 from colossus.models.parts import Linear
 
 
@@ -83,7 +83,12 @@ class _Deferring(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *more)
         # Not saved: sharded data parallelism gives the parameter its data back in place.
-        ctx.weight, ctx.deferred, ctx.weight_gradient, ctx.multiply = weight, deferred, weight_gradient, multiply
+        ctx.weight, ctx.deferred, ctx.weight_gradient, ctx.multiply = (
+            weight,
+            deferred,
+            weight_gradient,
+            multiply,
+        )
         return multiply(x, weight.to(x.dtype), *more)
 
     @staticmethod

@@ -46,10 +46,16 @@ class _ParallelCrossEntropy(torch.autograd.Function):
             target = targets[here, None] - first_row
             is_here = (target >= 0) & (target < head.shape[0])
             target = target.masked_fill(~is_here, 0)
-            top = logits.amax(-1, keepdim=True) if head.shape[0] else logits.new_full((len(chunk), 1), -torch.inf)
+            top = (
+                logits.amax(-1, keepdim=True)
+                if head.shape[0]
+                else logits.new_full((len(chunk), 1), -torch.inf)
+            )
             dist.all_reduce(top, dist.ReduceOp.MAX, group=team.process_group)
             exponents = torch.exp(logits.sub_(top))
-            of_target = (logits.gather(1, target) if head.shape[0] else torch.zeros_like(top)).masked_fill(~is_here, 0)
+            of_target = (logits.gather(1, target) if head.shape[0] else torch.zeros_like(top)).masked_fill(
+                ~is_here, 0
+            )
             sums = torch.cat([exponents.sum(-1, keepdim=True), of_target], -1)
             dist.all_reduce(sums, group=team.process_group)
             partition, of_target = sums[:, :1], sums[:, 1:]
@@ -104,5 +110,14 @@ def parallel_cross_entropy(
     """
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad)
     return _ParallelCrossEntropy.apply(
-        hidden, head_weight, targets, first_row, team, chunk_tokens, multiplier, soft_cap, z_loss, wants_gradient
+        hidden,
+        head_weight,
+        targets,
+        first_row,
+        team,
+        chunk_tokens,
+        multiplier,
+        soft_cap,
+        z_loss,
+        wants_gradient,
     )

@@ -38,7 +38,9 @@ class StageRun:
 class Pipeline:
     """The stages of this rank, and its part in the schedule."""
 
-    def __init__(self, job: Job, team: Team | None, stages: Mapping[int, StageRun], num_micro_batches: int) -> None:
+    def __init__(
+        self, job: Job, team: Team | None, stages: Mapping[int, StageRun], num_micro_batches: int
+    ) -> None:
         self.job, self.team, self.stages = job, team, stages
         self.num_micro_batches = num_micro_batches
         self._place = 0 if team is None else team.place
@@ -47,7 +49,11 @@ class Pipeline:
         self._training = with_messages(schedule, chunks, orders)[self._place]
         self._last_backward = _last_backwards(self._training)
         passes = tuple(
-            tuple(Op("forward", op.chunk, op.micro_batch) for op in rank if op.kind in ("forward", "forward_backward"))
+            tuple(
+                Op("forward", op.chunk, op.micro_batch)
+                for op in rank
+                if op.kind in ("forward", "forward_backward")
+            )
             for rank in order("gpipe" if chunks == 1 else schedule, pp, chunks, num_micro_batches)
         )
         self._evaluating = with_messages(schedule, chunks, passes)[self._place]
@@ -109,7 +115,11 @@ class Pipeline:
             match action:
                 case Send(stage, micro_batch, is_backward, rank):
                     run = self.stages[stage]
-                    tensor = run._inputs.pop(-1 - micro_batch) if is_backward else run._outputs[micro_batch].detach()
+                    tensor = (
+                        run._inputs.pop(-1 - micro_batch)
+                        if is_backward
+                        else run._outputs[micro_batch].detach()
+                    )
                     assert tensor is not None
                     going.append(self._exchange(dist.isend, tensor.contiguous(), rank))
                 case Receive(stage, micro_batch, is_backward, rank):

@@ -71,7 +71,11 @@ class RankModel:
         )
         ends = spec.tied_embeddings and job.layout.pp > 1
         self._sums = plan_sums(
-            {name: placement for name, placement in self.placements.items() if _has_dense_gradient(placement)},
+            {
+                name: placement
+                for name, placement in self.placements.items()
+                if _has_dense_gradient(placement)
+            },
             mesh,
             on_both_ends=frozenset({"embedding.weight"} if ends else ()),
         )
@@ -83,7 +87,9 @@ class RankModel:
     def materialise(self, seed: int) -> None:
         """Memory, and initial weights."""
         materialise(self.parts, self.table, self.mesh, seed)
-        self._sources = {name: parameter for part in self.parts for name, parameter in part.model.named_parameters()}
+        self._sources = {
+            name: parameter for part in self.parts for name, parameter in part.model.named_parameters()
+        }
         self.refresh()
 
     # --- a step ---
@@ -151,7 +157,12 @@ class RankModel:
     def _begin(self, batch: Batch) -> None:
         size = self._share.micro_batch_sequences
         self._micro_batches = [
-            Batch(*(array[i : i + size] for array in (batch.tokens, batch.targets, batch.documents, batch.samples)))
+            Batch(
+                *(
+                    array[i : i + size]
+                    for array in (batch.tokens, batch.targets, batch.documents, batch.samples)
+                )
+            )
             for i in range(0, len(batch.samples), size)
         ]
         self._loss = torch.zeros((), device=self.mesh.device)
@@ -228,7 +239,9 @@ class RankModel:
             return
         alone = self.job.layout.pp == 1
         part.model.set_is_last_backward(complete)
-        part.model.set_requires_gradient_sync(complete or (alone and self.job.sharding in ("gradients", "weights")))
+        part.model.set_requires_gradient_sync(
+            complete or (alone and self.job.sharding in ("gradients", "weights"))
+        )
         part.model.set_reshard_after_backward(complete or (alone and self.job.sharding == "weights"))
 
 

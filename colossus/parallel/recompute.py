@@ -32,7 +32,11 @@ def _attend_again(forward: Any, x: Tensor, sight: Sight, *more: Any) -> Tensor:
 
 def _every_other_matmul() -> Any:
     """Half of the matmuls' outputs are kept, and attention's, which costs most and is small."""
-    matmuls = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.colossus.multiply_groups.default}
+    matmuls = {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.colossus.multiply_groups.default,
+    }
     attention = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,

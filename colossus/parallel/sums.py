@@ -32,7 +32,9 @@ class Over:
 
 def sums_of(placement: Placement, mesh: Mesh) -> tuple[Over, ...]:
     """Within a replica group and then across: over whom a gradient is left to sum."""
-    within: tuple[Group, ...] = ("expert_tp", "expert_shards") if placement.parameter.expert else ("tp", "shards")
+    within: tuple[Group, ...] = (
+        ("expert_tp", "expert_shards") if placement.parameter.expert else ("tp", "shards")
+    )
     left = []
     for group in (*within, "replica"):
         here, cut = mesh.mates(group), placement.cut(group)

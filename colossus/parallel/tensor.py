@@ -80,7 +80,9 @@ def _look_up(embedding: Embedding, first_row: int, team: Team, rows: Tensor) -> 
     here = rows - first_row
     there = (here < 0) | (here >= embedding.weight.shape[0])
     if embedding.weight.shape[0] == 0:  # fewer rows than ranks have room for
-        found = embedding.weight.new_zeros(*rows.shape, embedding.weight.shape[1]) + 0 * embedding.weight.sum()
+        found = (
+            embedding.weight.new_zeros(*rows.shape, embedding.weight.shape[1]) + 0 * embedding.weight.sum()
+        )
     else:
         found = F.embedding(here.masked_fill(there, 0), embedding.weight).masked_fill(there[..., None], 0)
     return reduce_scatter(found, _TOKENS, team)

@@ -53,9 +53,13 @@ class Job(Frozen):
     def _check(self) -> Self:
         groups = sum(share.num_groups for share in self.shares)
         if groups != self.layout.replica:
-            raise ValueError(f"the shares are for {groups} replica groups, and the layout has {self.layout.replica}")
+            raise ValueError(
+                f"the shares are for {groups} replica groups, and the layout has {self.layout.replica}"
+            )
         if len(self.stage_layers) != self.layout.pp:
-            raise ValueError(f"stage_layers has {len(self.stage_layers)} stages, and the layout has pp {self.layout.pp}")
+            raise ValueError(
+                f"stage_layers has {len(self.stage_layers)} stages, and the layout has pp {self.layout.pp}"
+            )
         return self
 
     @classmethod

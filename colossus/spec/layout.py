@@ -12,9 +12,7 @@ AXES: Final[tuple[Axis, ...]] = ("replica", "pp", "shard", "cp", "tp")
 """From the outermost to the innermost: ranks that differ in the last one stand side by side, within a node; a replica
 group is a row of ranks without a gap."""
 
-Group = Literal[
-    "tp", "cp", "pp", "replica", "shards", "ep", "expert_tp", "expert_shards", "ends", "group"
-]
+Group = Literal["tp", "cp", "pp", "replica", "shards", "ep", "expert_tp", "expert_shards", "ends", "group"]
 """Sets of ranks that work together. `shards`: ranks that share one copy of what is sharded, shard × cp; `ep`: those
 among which the experts are dealt out; `expert_tp`: those that share each expert; `expert_shards`: those that share one
 copy of their experts, what is left of shard × cp × tp; `ends`: the first and the last rank of a pipeline; `group`: a

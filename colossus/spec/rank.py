@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from colossus.spec.base import Frozen
-from colossus.spec.model import Dtype, Positive
 from colossus.spec.layout import Layout
+from colossus.spec.model import Dtype, Positive
 
 Float32Library = Literal["default", "onednn"]
 """Who computes float32 matmuls on a CPU: torch's default (MKL or OpenBLAS), or oneDNN."""

@@ -66,7 +66,7 @@ class Placement:
         return next((cut for cut in self.cuts if cut.group == group), None)
 
     def is_first_copy(self, mates_of: Callable[[Group], Mates], groups: tuple[Group, ...]) -> bool:
-        """Whether a rank is the first of those in `groups` that hold the same part: what is counted once counts here."""
+        """Whether a rank is the first of those in `groups` that hold the same part: what counts once counts here."""
         for group in groups:
             cut, here = self.cut(group), mates_of(group)
             if (here.place if cut is None else _part(cut, here).copy) > 0:
@@ -106,7 +106,9 @@ class ShardingTable:
 
 
 @lru_cache(maxsize=32)
-def sharding_table(model: ModelSpec, layout: Layout, expert_tp: int = 1, *, sharded: bool = True) -> ShardingTable:
+def sharding_table(
+    model: ModelSpec, layout: Layout, expert_tp: int = 1, *, sharded: bool = True
+) -> ShardingTable:
     """The table of `model` under `layout`; `sharded`: whether anything is split for keeping alone."""
     placed: dict[str, Placement] = {}
     for parameter in (*model.input_parameters(), *model.output_parameters()):

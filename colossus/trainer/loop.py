@@ -16,20 +16,22 @@ import torch
 from colossus.data import BatchReader
 from colossus.errors import TrainingDiverged
 from colossus.events import StepDone, StepSkipped
-from colossus.optim import gradient_norm, multiplier, scale_gradients, set_learning_rates
+from colossus.optim import multiplier, set_learning_rates
 from colossus.spec.duration import Progress
 from colossus.spec.run import RunConfig
-from colossus.trainer.state import TrainState
-from colossus.trainer.step import accumulate_gradients, take_expert_loads
+from colossus.trainer.execute import Executor
+from colossus.trainer.state import AnyState
 
 
-def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator[StepDone | StepSkipped]:
+def train(config: RunConfig, state: AnyState, reader: BatchReader) -> Iterator[StepDone | StepSkipped]:
     """Steps from where `state` is to the end of the budget, a report after each. `state` is whole in between.
+
+    Of many ranks each runs this loop, and they go through it alike.
 
     Raises TrainingDiverged after `config.max_skipped_steps` steps in a row with no finite loss or gradient.
     """
-    plan, model = config.plan, state.model
-    assert plan is not None
+    executor: Executor = state.executor(config, reader)
+    plan = executor.plan
     process = psutil.Process()
     clock = _Clock(state.progress)
     done = _done(config, state.progress)
@@ -37,28 +39,26 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
         clock.step_begins()
         started = time.perf_counter()
         step = state.progress.steps
-        batch = reader.read(step)
         scale = multiplier(config.schedule, step=step, done=done)
-        set_learning_rates(state.optimizers, scale)
-        sums = accumulate_gradients(model, batch, plan, z_loss=config.z_loss, routing=config.routing)
-        norm = gradient_norm(model)
+        set_learning_rates(executor.optimizers, scale)
+        sums = executor.accumulate(step)
+        norm = executor.gradient_norm()
         loss_value, norm_value = sums.loss.item() / sums.num_tokens, norm.item()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             if config.gradient_clip is not None and norm_value > config.gradient_clip:
-                scale_gradients(model, config.gradient_clip / norm)
-            for optimizer in state.optimizers:
+                executor.scale_gradients(config.gradient_clip / norm)
+            for optimizer in executor.optimizers:
                 optimizer.step()
             state.skipped_in_a_row = 0
         else:
             state.skipped_in_a_row += 1
-        for parameter in model.parameters():
-            parameter.grad = None
-        busiest_expert = take_expert_loads(model)
-        state.progress = clock.step_ends(step + 1, state.progress.tokens + sums.num_tokens)
+        executor.clear_gradients()
+        busiest_expert = executor.take_expert_loads()
+        state.progress = state.agree(clock.step_ends(step + 1, state.progress.tokens + sums.num_tokens))
         step_time_s = time.perf_counter() - started
         if finite:
-            flops = model.spec.flops_per_token(plan.sequence_tokens) * sums.num_tokens
+            flops = config.model.flops_per_token(plan.sequence_tokens) * sums.num_tokens / executor.num_ranks
             yield StepDone(
                 step=step,
                 tokens=state.progress.tokens,
@@ -67,7 +67,7 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
                 step_time_s=step_time_s,
                 loss=loss_value,
                 gradient_norm=norm_value,
-                learning_rate=state.optimizers[0].param_groups[0]["lr"],
+                learning_rate=executor.optimizers[0].param_groups[0]["lr"],
                 tokens_per_s=sums.num_tokens / step_time_s,
                 mfu=flops / step_time_s / plan.machine.matmul_flops[plan.dtype],
                 memory_bytes=_memory_bytes(plan.machine.kind, process),
@@ -78,8 +78,8 @@ def train(config: RunConfig, state: TrainState, reader: BatchReader) -> Iterator
                 step=step,
                 loss=loss_value if math.isfinite(loss_value) else None,
                 gradient_norm=norm_value if math.isfinite(norm_value) else None,
-                first_sample=int(batch.samples[0]),
-                num_samples=len(batch.samples),
+                first_sample=int(executor.samples[0]),
+                num_samples=len(executor.samples),
                 in_a_row=state.skipped_in_a_row,
             )
             if state.skipped_in_a_row >= config.max_skipped_steps:

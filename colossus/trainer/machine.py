@@ -6,13 +6,14 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
 from colossus.models import build, chunked_cross_entropy
-from colossus.optim import build_optimizers, gradient_norm
+from colossus.optim import gradient_norm, optimizers_of
 from colossus.spec.base import fingerprint
 from colossus.spec.model import AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramSpec, RecallSpec
 from colossus.spec.rank import Float32Library, Machine
@@ -108,7 +109,7 @@ def rehearse(kind: str) -> None:
         recall=RecallSpec(),
     )
     model = build(spec, seed=0, device=kind)
-    optimizers = build_optimizers(model, spec, Muon())
+    optimizers = optimizers_of(model, spec, Muon())
     tokens = torch.zeros(2, 32, dtype=torch.long, device=kind)
     for dtype in DTYPES.values():
         hidden = model(tokens, dtype=dtype).flatten(0, 1)
@@ -131,29 +132,33 @@ def fastest_float32(kind: str) -> tuple[Float32Library, float]:
 
 
 def matmul_flops(dtype: torch.dtype, kind: str) -> float:
-    """FLOP/s of a square matmul: the best of three spells of some 50 ms each.
-
-    On a CPU a spell is timed by the CPU time of its threads, so that what else runs on the machine does not lower the
-    peak; the system counts that in ticks of milliseconds, so one matmul alone would be too short to time.
-    """
+    """FLOP/s of a square matmul: the best of three spells."""
     size = 8192 if kind == "cuda" else 768
     a, b = (torch.randn(size, size, dtype=dtype, device=kind) for _ in range(2))
+    return 2 * size**3 / min(spells(lambda: a @ b, kind, num_spells=3))
+
+
+def spells(run: Callable[[], object], kind: str, *, num_spells: int, spell_s: float = 0.05) -> list[float]:
+    """Seconds that `run` takes, measured `num_spells` times, each over as many calls as fill some `spell_s`.
+
+    On a CPU a spell is timed by the CPU time of its threads, so that what else runs on the machine does not count;
+    the system may count that in ticks of milliseconds, so one short call alone would be too short to time.
+    """
 
     def spell(count: int) -> float:
-        """Seconds for one matmul, over `count` of them."""
         if kind == "cuda":
             torch.cuda.synchronize()
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         for _ in range(count):
-            a @ b
+            run()
         if kind == "cuda":
             torch.cuda.synchronize()
             return (time.perf_counter() - wall_s) / count
         return (time.process_time() - cpu_s) / count / torch.get_num_threads()
 
     spell(1)
-    count = max(2, round(0.05 / max(spell(2), 1e-4)))
-    return 2 * size**3 / min(spell(count) for _ in range(3))
+    count = max(2, round(spell_s / max(spell(2), 1e-6)))
+    return [spell(count) for _ in range(num_spells)]
 
 
 def cpu_name() -> str:

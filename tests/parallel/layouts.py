@@ -28,10 +28,14 @@ def dense(**changes: Any) -> ModelSpec:
 
 
 def mixture(**changes: Any) -> ModelSpec:
-    return dense(**{"name": "mixture", "mlp": MoeSpec(num_experts=8, top_k=2, intermediate_size=24), **changes})
+    return dense(
+        **{"name": "mixture", "mlp": MoeSpec(num_experts=8, top_k=2, intermediate_size=24), **changes}
+    )
 
 
-def job(model: ModelSpec, *, sequence_tokens: int = 32, shares: tuple[Share, ...] | None = None, **settings: Any) -> Job:
+def job(
+    model: ModelSpec, *, sequence_tokens: int = 32, shares: tuple[Share, ...] | None = None, **settings: Any
+) -> Job:
     """A job by hand: what is not said follows from the layout."""
     axes = {name: settings.pop(name) for name in list(settings) if name in Layout.model_fields}
     layout = Layout(**axes)

@@ -21,9 +21,7 @@ def alone(model: ModelSpec, job: Job) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss sum and gradients of one step on one process, in the plain way, in float64."""
     decoder = build(model, seed=3).double()
     whole = batch(model, job)
-    tokens, targets, documents = (
-        torch.from_numpy(a) for a in (whole.tokens, whole.targets, whole.documents)
-    )
+    tokens, targets, documents = (torch.from_numpy(a) for a in (whole.tokens, whole.targets, whole.documents))
     num_tokens = tokens.numel()
     losses = RouterLosses(torch.tensor(BALANCE / num_tokens), torch.tensor(ROUTER_Z / num_tokens))
     hidden = decoder(tokens, documents, dtype=torch.float64, router_losses=losses).flatten(0, 1)
@@ -57,7 +55,9 @@ def check(model: ModelSpec, job: Job, tolerance: float = 2e-5) -> None:
     results = run_ranks(one_step, job.layout.num_ranks, model, job)
     loss, gradients = alone(model, job)
     assert sum(counted for counted, _ in results) == pytest.approx(loss, rel=1e-5)
-    seen: dict[str, torch.Tensor] = {name: torch.zeros_like(g, dtype=torch.bool) for name, g in gradients.items()}
+    seen: dict[str, torch.Tensor] = {
+        name: torch.zeros_like(g, dtype=torch.bool) for name, g in gradients.items()
+    }
     for rank, (_, boxes) in enumerate(results):
         for name, ((offsets, shape), gradient) in boxes.items():
             here = tuple(slice(o, o + s) for o, s in zip(offsets, shape, strict=True))

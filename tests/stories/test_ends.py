@@ -107,9 +107,9 @@ def test_a_budget_that_is_what_it_was_changes_nothing(tmp_path: Path) -> None:
 
 def poison() -> None:
     """From the seventh step on the gradient is not a number."""
-    from colossus.trainer import loop
+    from colossus.trainer import execute
 
-    accumulate, calls = loop.accumulate_gradients, []
+    accumulate, calls = execute.accumulate_gradients, []
 
     def poisoned(model: object, *arguments: object, **named: object) -> object:
         sums = accumulate(model, *arguments, **named)  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def poison() -> None:
             model.embedding.weight.grad.fill_(math.nan)  # type: ignore[attr-defined]
         return sums
 
-    loop.accumulate_gradients = poisoned  # type: ignore[assignment]
+    execute.accumulate_gradients = poisoned  # type: ignore[assignment]
 
 
 def test_a_run_that_diverges_says_so_and_leaves_a_good_checkpoint(tmp_path: Path) -> None:
