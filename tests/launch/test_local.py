@@ -1,5 +1,6 @@
 """Real processes: what ends, who is blamed, and that nothing stays behind."""
 
+import errno
 import io
 import json
 import os
@@ -123,6 +124,14 @@ def until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """It has ended, though whoever inherited it may not have taken it off the list."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture
@@ -452,6 +461,24 @@ def test_children_of_ranks_end_with_them(ranks: Ranks) -> None:
     assert ranks.alive() == []
 
 
+@pytest.mark.parametrize("launcher_is_killed", [False, True])
+def test_a_child_without_our_environment_ends_with_its_group(ranks: Ranks, launcher_is_killed: bool) -> None:
+    script = """
+    child = subprocess.Popen(["/bin/sleep", "1000"], env={})
+    print(child.pid, flush=True)
+    ready()
+    """
+    if launcher_is_killed:
+        launcher = ranks.launcher(textwrap.dedent(script) + "time.sleep(1000)", 1)
+        ranks.wait_until_ready(1)
+        until(lambda: ranks.log(0))
+        launcher.kill()
+        launcher.communicate(timeout=PATIENCE_S)
+    else:
+        ranks.run(script, 1)
+    until(lambda: gone(int(ranks.log(0))))
+
+
 def test_children_end_where_ranks_are_killed(ranks: Ranks) -> None:
     ranks.fail(WITH_CHILDREN + "wait_for_all(); os.kill(os.getpid(), signal.SIGKILL)", 2)
     assert ranks.alive() == []
@@ -464,8 +491,7 @@ def test_a_killed_launcher_leaves_nothing(ranks: Ranks) -> None:
     launcher.kill()
     launcher.communicate(timeout=PATIENCE_S)
     until(lambda: not ranks.alive())
-    for pid in pids:  # gone, or not yet taken off the list by whoever inherited it
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert all(gone(pid) for pid in pids)
 
 
 def test_nothing_is_left_where_the_guardian_was_killed(ranks: Ranks) -> None:
@@ -551,6 +577,49 @@ def test_a_rank_that_a_request_ends_unprepared_is_no_failure(ranks: Ranks) -> No
     ranks.wait_until_ready(2)
     os.kill(launcher.pid, signal.SIGTERM)
     assert launcher.communicate(timeout=PATIENCE_S)[0].endswith("ending: STOPPED\n")
+
+
+# --- in the middle of starting ---
+
+
+def after_the_first_rank(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Something happens between the start of rank 0 and that of rank 1."""
+    from torch.distributed.elastic.multiprocessing import api
+
+    start = api.get_subprocess_handler
+
+    def starting(**arguments: Any) -> Any:
+        if arguments["local_rank_id"] == 1:
+            do()
+        return start(**arguments)
+
+    monkeypatch.setattr(api, "get_subprocess_handler", starting)
+
+
+def test_ranks_that_were_started_end_where_the_rest_cannot_be(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        ranks.wait_until_ready(1)
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    after_the_first_rank(monkeypatch, refuse)
+    error = ranks.fail("ready(); time.sleep(1000)", 2)
+    assert str(error).startswith("2 ranks cannot be started on ")
+    assert ranks.alive() == []
+
+
+def test_a_request_while_ranks_are_being_started(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        ranks.wait_until_ready(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    before = signal.getsignal(signal.SIGINT)
+    after_the_first_rank(monkeypatch, interrupt)
+    assert ranks.run("ready(); time.sleep(1000)", 2) is Ending.STOPPED
+    assert ranks.alive() == []
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 # --- what cannot be ---
