@@ -161,7 +161,8 @@ def _present(header: Manifest | Index, wanted: Mapping[str, Box], optional: Sequ
 def locate(
     path: Path, header: Manifest | Index, wanted: Mapping[str, Box]
 ) -> tuple[dict[str, list[Piece]], dict[str, int]]:
-    """All the planning that a load takes: for each wanted tensor the pieces that its box may overlap, and the sizes of all payloads they are in."""
+    """All the planning that a load takes: for each wanted tensor the pieces that its box may overlap, and the sizes of
+    the payloads that those are in."""
     if isinstance(header, Manifest):
         return {name: list(header.tensors[name].pieces) for name in wanted}, header.file_bytes()
     holders = parts_to_read(header, wanted)

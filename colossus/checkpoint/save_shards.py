@@ -13,8 +13,10 @@ every case.
 import contextlib
 import mmap
 import shutil
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from colossus.checkpoint.directory import (
 )
 from colossus.checkpoint.index import Index, PartEntry, encode_tables
 from colossus.checkpoint.manifest import MANIFEST_NAME, PayloadEntry, Piece
-from colossus.checkpoint.part import Part, Tail, part_name, read_announcement, read_tail
+from colossus.checkpoint.part import Part, part_name, read_announcement, read_tail
 from colossus.checkpoint.payload import CHUNK_BYTES, TensorType, check_tensor, lay_out, write_payload
 from colossus.checkpoint.ranks import Ranks
 from colossus.checkpoint.save import Saved, cannot_write, write_synced
@@ -49,6 +51,8 @@ TIMEOUT_S = 600.0
 
 _SHOWN_RANKS = 8
 _LOOKS = 10
+_READERS = 16
+_LEAVING_S = 10.0
 
 
 def save_shards(
@@ -88,10 +92,13 @@ class Planner:
         self, path: Path, num_ranks: int, step: int, model: ModelSpec | None, facts: Mapping[str, Any]
     ) -> bytes:
         """The encoded index of the parts in `path`. Raises OSError, CheckpointError if their boxes do not fit."""
-        tails: list[Tail] = [read_tail(path / part_name(rank)) for rank in range(num_ranks)]
-        layouts = [tail.layout_xxh3_128 for tail in tails]
-        if layouts != self._layouts:
-            announced = [read_announcement(path / part_name(rank), rank) for rank in range(num_ranks)]
+        with ThreadPoolExecutor(_READERS) as pool:  # a shared file system answers many sooner than one by one
+            paths = [path / part_name(rank) for rank in range(num_ranks)]
+            tails = list(pool.map(read_tail, paths))
+            layouts = [tail.layout_xxh3_128 for tail in tails]
+            changed = layouts != self._layouts
+            announced = list(pool.map(read_announcement, paths, range(num_ranks))) if changed else []
+        if changed:
             self._tensors = place(announced)
             self._tables = encode_tables(self._tensors)
             self._payload_bytes = [one.payload_bytes for one in announced]
@@ -112,7 +119,8 @@ class Planner:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a checkpoint. `token` names it, the same on all ranks and never again."""
+    """One try at a checkpoint. `token` names it, the same on all ranks and never again. From when `leaving` is set it
+    waits for other ranks no longer than a few seconds: its process is about to end."""
 
     directory: Path
     step: int
@@ -120,6 +128,7 @@ class Attempt:
     rank: int
     num_ranks: int
     timeout_s: float
+    leaving: threading.Event = field(default_factory=threading.Event)
     path: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +159,7 @@ class Attempt:
                     error = CheckpointError(
                         self._given_up() or cannot_write(self.directory, self.step, num_bytes, error)
                     )
-                self.refuse(str(error))
+                self._say_failed(str(error))
                 raise error
             if self.rank != 0:
                 path = self._wait_for_the_end(inode)
@@ -159,12 +168,19 @@ class Attempt:
         return Saved(self.step, path, num_bytes, time.perf_counter() - started)
 
     def refuse(self, reason: str) -> None:
-        """Say that this rank's part will not come; on rank 0, that there will be no checkpoint."""
+        """In place of `save`: say that this rank's part will not come; on rank 0, that there will be no checkpoint."""
         with contextlib.suppress(OSError, CheckpointError):
             if self.rank == 0:
-                self._give_up(reason)
+                begin_attempt(self.path)
             else:
                 self._wait_until_open()
+            self._say_failed(reason)
+
+    def _say_failed(self, reason: str) -> None:
+        if self.rank == 0:
+            self._give_up(reason)
+        else:
+            with contextlib.suppress(OSError):
                 _write_whole(self.path / _failed_name(self.rank), reason.encode())
 
     def _write_part(self, shards: Mapping[str, Shard]) -> int:
@@ -200,17 +216,17 @@ class Attempt:
         return len(data) + sum(entry.num_bytes for entry in payloads.values())
 
     def _wait_until_open(self) -> None:
-        waiting = _Waiting(self.timeout_s)
+        waiting = _Waiting(self.timeout_s, self.leaving)
         while not self.path.is_dir():
             if waiting.is_over():
                 raise CheckpointError(
                     f"the checkpoint of step {self.step}: rank 0 did not open {self.path} within "
-                    f"{self.timeout_s:g} s; look for its error, and whether all ranks see one file system and "
+                    f"{waiting.waited_s:.0f} s; look for its error, and whether all ranks see one file system and "
                     f"save the same step"
                 )
 
     def _wait_for_parts(self) -> None:
-        waiting = _Waiting(self.timeout_s)
+        waiting = _Waiting(self.timeout_s, self.leaving)
         expected = {part_name(rank): rank for rank in range(self.num_ranks)}
         failed = {_failed_name(rank): rank for rank in range(self.num_ranks)}
         while True:
@@ -226,13 +242,13 @@ class Attempt:
                 more = f" and {len(missing) - _SHOWN_RANKS:,} more" if len(missing) > _SHOWN_RANKS else ""
                 raise CheckpointError(
                     f"the checkpoint of step {self.step} is given up: {len(missing):,} of {self.num_ranks:,} ranks did "
-                    f"not write their parts within {self.timeout_s:g} s: {shown}{more}. The checkpoints before it "
+                    f"not write their parts within {waiting.waited_s:.0f} s: {shown}{more}. The checkpoints before it "
                     f"stay; see whether these ranks live, or allow more time"
                 )
 
     def _wait_for_the_end(self, inode: int) -> Path:
         """Where the checkpoint is. Raises CheckpointError with rank 0's reason if there is none."""
-        waiting = _Waiting(2 * self.timeout_s)
+        waiting = _Waiting(2 * self.timeout_s, self.leaving)
         looks = 0
         while True:
             reason = self._given_up()
@@ -252,7 +268,7 @@ class Attempt:
             if waiting.is_over():
                 raise CheckpointError(
                     f"the checkpoint of step {self.step} was neither published nor given up by rank 0 within "
-                    f"{2 * self.timeout_s:g} s; the checkpoints before it stay. See whether rank 0 lives"
+                    f"{waiting.waited_s:.0f} s; the checkpoints before it stay. See whether rank 0 lives"
                 )
 
     def _published(self, inode: int) -> Checkpoint | None:
@@ -282,16 +298,25 @@ class Attempt:
 class _Waiting:
     """Looks again after 10 ms, then less and less often: thousands may be looking at one file system."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._end_s = time.monotonic() + timeout_s
+    def __init__(self, timeout_s: float, leaving: threading.Event) -> None:
+        self._start_s = time.monotonic()
+        self._limit_s = timeout_s
+        self._leaving = leaving
         self._pause_s = 0.01
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._start_s
 
     def is_over(self) -> bool:
         """Whether there is no time left; else waits."""
-        left_s = self._end_s - time.monotonic()
+        if self._leaving.is_set():
+            self._limit_s = min(self._limit_s, self.waited_s + _LEAVING_S)
+            self._leaving = threading.Event()
+        left_s = self._limit_s - self.waited_s
         if left_s <= 0:
             return True
-        time.sleep(min(self._pause_s, left_s))
+        self._leaving.wait(min(self._pause_s, left_s))
         self._pause_s = min(1.5 * self._pause_s, 1.0)
         return False
 

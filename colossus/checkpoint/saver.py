@@ -71,6 +71,7 @@ class Saver:
         self._timeout_s = timeout_s
         self._planner = Planner()
         self._num_attempts = 0
+        self._leaving = threading.Event()
         self._copy = _HostCopy()
         self._thread: threading.Thread | None = None
         self._results: list[Saved | SaveFailed] = []
@@ -106,7 +107,7 @@ class Saver:
         self._join()
         attempt = self._attempt(step)
         try:
-            facts = json.loads(json.dumps(facts))
+            facts = json.loads(json.dumps(facts)) if attempt is None or attempt.rank == 0 else {}
             snapshot = self._copy.take(_local(tensors))
             if attempt is None:
                 self._start(f"checkpoint-{step}", lambda: self._write(step, snapshot, facts))
@@ -142,6 +143,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._leaving.set()  # other ranks may be dead, and this one is to end, not to wait for them
         self._join()
 
     def _start(self, name: str, work: Callable[[], None]) -> None:
@@ -159,7 +162,15 @@ class Saver:
             return None
         self._num_attempts += 1
         token = f"{self._name}{self._num_attempts:08x}"
-        return Attempt(self.directory, step, token, self._ranks.rank, self._ranks.num_ranks, self._timeout_s)
+        return Attempt(
+            self.directory,
+            step,
+            token,
+            self._ranks.rank,
+            self._ranks.num_ranks,
+            self._timeout_s,
+            self._leaving,
+        )
 
     def _write_part(self, attempt: Attempt, shards: Mapping[str, Shard], facts: Mapping[str, Any]) -> None:
         try:
