@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from colossus.observe import Observer
     from colossus.observe.summary import Summary
+    from colossus.spec.plan import Plan
     from colossus.spec.run import RunConfig
 
 DEFAULT_RECIPE = "first-light"
@@ -46,6 +47,8 @@ Examples:
   colossus train --print-config > my-run.toml           ... and how to get one to start from
   colossus train --resume first-light-001               go on after an interruption or a crash
   colossus train --resume latest --minutes 10           ... and train for ten minutes in all
+  colossus train --plan plan.json --data books/         as many processes as the plan has ranks
+  colossus train --resume latest --plan other.json      ... and on, under another layout
   colossus train --json | jq .heldout_bits_per_byte
 """
 
@@ -80,6 +83,13 @@ def train(
         str | None,
         typer.Option(metavar="RUN", help="Go on with this run: its directory, its name, or 'latest'."),
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Execute this plan (of: colossus plan --out FILE): its model, batch and layout, on all of its ranks.",
+        ),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole configuration as TOML, and train nothing.")
     ] = False,
@@ -111,24 +121,31 @@ def train(
         *([f"model.vocab_size={vocab_size}"] if vocab_size is not None else []),
         *(settings or []),
     ]
+    planned = None
+    if plan is not None:
+        from colossus.spec.plan import Plan
+
+        planned = Plan.load(plan)
     if resume is not None:
         config = _resumed_config(resume, runs, budget, [*_words(recipe, name), *changes])
     else:
-        config = _new_config(recipe or DEFAULT_RECIPE, name, tokenizer, [*budget, *changes])
+        config = _new_config(recipe or DEFAULT_RECIPE, name, tokenizer, [*budget, *changes], planned)
     if print_config:
         from colossus.spec.config import to_toml
 
         typer.echo(to_toml(config), nl=False)
         return
     with _stdout_kept_for_json(json):
-        summary, reason = _watch(config, runs, name, resume, threads, tensorboard, json, sample)
+        summary, reason = _watch(config, runs, name, resume, threads, tensorboard, json, sample, planned)
     if json:
         typer.echo(summary.to_json())
     if reason == "interrupted":
         raise typer.Exit(130)
 
 
-def _new_config(recipe: str, name: str | None, tokenizer: Path | None, changes: list[str]) -> "RunConfig":
+def _new_config(
+    recipe: str, name: str | None, tokenizer: Path | None, changes: list[str], plan: "Plan | None"
+) -> "RunConfig":
     from colossus.observe.run_directory import check_name
     from colossus.spec.config import run_config
 
@@ -137,6 +154,10 @@ def _new_config(recipe: str, name: str | None, tokenizer: Path | None, changes: 
 
         changes = [f"model.vocab_size={Tokenizer.load(tokenizer).vocab_size}", *changes]
     config = run_config(recipe, changes)
+    if plan is not None:
+        from colossus.spec.config import with_plan
+
+        config = with_plan(config, plan)
     check_name(name or config.name)  # before the corpus is prepared, not after
     return config
 
@@ -167,13 +188,17 @@ def _watch(
     tensorboard: bool,
     json: bool,
     sample: bool,
+    plan: "Plan | None",
 ) -> "tuple[Summary, str]":
     """Trains under the eyes of whoever started it; the summary, and why training ended."""
     from colossus.cli.screen import screen
     from colossus.events import Event, RunFinished
+    from colossus.observe.run_directory import RunDirectory
     from colossus.observe.summary import summary_table
 
     console = screen(stderr=json)
+    if plan is not None or (resume is not None and RunDirectory.open(resume, runs).has_plan):
+        return _watch_ranks(config, runs, name, resume, threads, plan, console, sample)
     ends: list[str] = []
 
     def note_end(event: Event) -> None:
@@ -193,6 +218,43 @@ def _watch(
     console.print()
     console.print(summary_table(summary))
     reason = ends[-1] if ends else "budget"
+    _show_what_is_next(summary, reason, console, sample)
+    return summary, reason
+
+
+def _watch_ranks(
+    config: "RunConfig",
+    runs: Path,
+    name: str | None,
+    resume: str | None,
+    threads: int | None,
+    plan: "Plan | None",
+    console: "Console",
+    sample: bool,
+) -> "tuple[Summary, str]":
+    """The same for a run of many processes; the first of them says how it goes."""
+    from colossus.data import RichProgress
+    from colossus.events import RunFinished
+    from colossus.observe.run_directory import RunDirectory
+    from colossus.observe.summary import Summary, summary_table
+    from colossus.trainer.run_ranks import resume_ranks, start_ranks
+
+    if resume is not None:
+        run = resume_ranks(RunDirectory.open(resume, runs), budget=config.budget, plan=plan, threads=threads)
+    else:
+        assert plan is not None
+        run = start_ranks(
+            config,
+            plan,
+            runs_directory=runs,
+            name=name or config.name,
+            threads=threads,
+            progress=RichProgress(),
+        )
+    summary = Summary.read(run.summary_path)
+    reason = next((e.reason for e in reversed(list(run.events())) if isinstance(e, RunFinished)), "budget")
+    console.print()
+    console.print(summary_table(summary))
     _show_what_is_next(summary, reason, console, sample)
     return summary, reason
 

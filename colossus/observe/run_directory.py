@@ -3,10 +3,11 @@
 runs/first-light-001/
   README.md          what each file is, and how to go on from here
   config.toml        everything that decides the run, with the plan
+  plan.json          of a run of many ranks: its plan
   environment.json   machine, versions, command line        git.json   commit of the code, uncommitted changes
   events.jsonl       all that happened, one event a line
   checkpoints/       tokenizer/
-  summary.json       sample.txt       curves.png
+  summary.json       sample.txt       curves.png       logs/ (what each of many ranks said)
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from colossus.events import Event, RunFinished, RunStarted, read_events
 from colossus.observe.environment import environment, git_state
 from colossus.observe.readme import readme
 from colossus.spec.config import from_toml, to_toml
+from colossus.spec.plan import Plan
 from colossus.spec.run import RunConfig
 
 State = Literal["starting", "running", "finished", "interrupted", "diverged", "crashed", "new"]
@@ -55,6 +57,10 @@ class RunDirectory:
     @property
     def config_path(self) -> Path:
         return self.path / "config.toml"
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan.json"
 
     @property
     def events_path(self) -> Path:
@@ -151,6 +157,19 @@ class RunDirectory:
             return from_toml(self.config_path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             raise RunError(f"cannot read {self.config_path}: {error}") from None
+
+    def write_plan(self, plan: Plan) -> None:
+        """The plan that many ranks execute together."""
+        _write_text(self.plan_path, plan.to_json())
+
+    def plan(self) -> Plan:
+        """The same. Raises ConfigError where it is not there, was cut short or was edited."""
+        return Plan.load(self.plan_path)
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether many ranks train it."""
+        return self.plan_path.is_file()
 
     def events(self) -> Iterator[Event]:
         """All that happened so far; nothing when it has not begun."""

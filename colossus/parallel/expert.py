@@ -1,17 +1,26 @@
-"""Expert parallelism: each rank of a team has some of the experts, and tokens travel to theirs and back (arXiv:2006.16668).
+"""Expert parallelism: each rank of a team has some of the experts; tokens travel to theirs and back (arXiv:2006.16668).
 
 No token is dropped, so how many rows travel is known only when tokens have chosen. Where several ranks share each
 expert, they first gather their tokens, and scatter the sums at the end.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from colossus.models import Decoder
-from colossus.models.moe import Experts, Groups, MixtureOfExperts, WholeSequences, tokens_of_experts, unsorted
+from colossus.models.moe import (
+    Experts,
+    Groups,
+    MixtureOfExperts,
+    StackedLinear,
+    WholeSequences,
+    tokens_of_experts,
+    unsorted,
+)
 from colossus.parallel.collectives import Team, all_gather, all_to_all, reduce_scatter, total
 from colossus.parallel.mesh import Mesh
 
@@ -24,6 +33,9 @@ def split_experts(model: Decoder, mesh: Mesh) -> None:
         if isinstance(module, MixtureOfExperts):
             if ep is not None or expert_tp is not None:
                 module.experts.forward = partial(_through_experts, module.experts, ep, expert_tp)
+            if expert_tp is not None and module.experts.down.bias is not None:
+                down = module.experts.down
+                down.forward = partial(_with_share_of_bias, down, down.forward, expert_tp.size)
             if sequence_teams:
                 module.whole_sequences = _whole_sequences(sequence_teams)
 
@@ -39,6 +51,18 @@ def _whole_sequences(teams: tuple[Team, ...]) -> WholeSequences:
         return sums
 
     return WholeSequences(num_parts, over_all)
+
+
+def _with_share_of_bias(
+    down: StackedLinear, forward: Any, num_ranks: int, x: Tensor, groups: Groups
+) -> Tensor:
+    """The ranks that share an expert add up what they make: each adds its share of the bias."""
+    bias, down.bias = down.bias, None
+    try:
+        made = forward(x, groups)
+    finally:
+        down.bias = bias
+    return made + (bias / num_ranks).to(x.dtype)[groups.experts]
 
 
 def _through_experts(

@@ -1,7 +1,7 @@
 """From a layout to communicators: each rank makes those of its own groups, and knows of no others.
 
-A mesh over all ranks, as torch makes it, takes time and memory with every rank that there is, and start-up waits for all
-of them. Here a rank of 200,000 makes nine groups, the largest of them its own replica group.
+A mesh over all ranks, as torch makes it, takes time and memory with every rank that there is, and start-up waits for
+all of them. Here a rank of 200,000 makes ten groups at most, the largest of them its own replica group.
 """
 
 from functools import cached_property

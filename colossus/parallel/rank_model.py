@@ -15,8 +15,10 @@ from colossus.models.attention import Portion
 from colossus.models.moe import MixtureOfExperts
 from colossus.parallel.apply import Part, apply, local_tensor, materialise, table_of
 from colossus.parallel.collectives import all_gather, own_part
+from colossus.parallel.context import attend_over, attended_index
 from colossus.parallel.loss import parallel_cross_entropy
 from colossus.parallel.mesh import Mesh
+from colossus.parallel.optimize import sum_sparse
 from colossus.parallel.pipeline import Pipeline, StageRun
 from colossus.parallel.sums import plan_sums, sum_gradients
 from colossus.spec.job import Job
@@ -69,7 +71,10 @@ class RankModel:
             {part.stage.number: self._stage_run(part) for part in self.parts},
             self._share.num_micro_batches,
         )
-        ends = spec.tied_embeddings and job.layout.pp > 1
+        self.on_both_ends = frozenset(
+            {"embedding.weight"} if spec.tied_embeddings and job.layout.pp > 1 else ()
+        )
+        """Of a pipeline: the same on its first and its last rank."""
         self._sums = plan_sums(
             {
                 name: placement
@@ -77,7 +82,7 @@ class RankModel:
                 if _has_dense_gradient(placement)
             },
             mesh,
-            on_both_ends=frozenset({"embedding.weight"} if ends else ()),
+            on_both_ends=self.on_both_ends,
         )
         self._micro_batches: list[Batch] = []
         self._objective = Objective(1)
@@ -105,8 +110,6 @@ class RankModel:
         gradients = self.refresh()
         for name, gradient in gradients.items():
             if gradient.is_sparse:
-                from colossus.parallel.optimize import sum_sparse
-
                 self.parameters[name].grad = sum_sparse(
                     gradient, [t for g in ("tp", "shards", "replica") if (t := self.mesh.team(g)) is not None]
                 )
@@ -123,6 +126,10 @@ class RankModel:
             if part.is_sharded:
                 part.model.reshard()
         return self._loss, self._counted
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What is here of each, summed over all ranks."""
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def clear_gradients(self) -> None:
         for name, source in self._sources.items():
@@ -177,8 +184,6 @@ class RankModel:
         everything = torch.arange(tokens, device=self.mesh.device)[None]
         if cp is None:
             return Portion(own_part(everything, 1, tp), everything, everything)
-        from colossus.parallel.context import attend_over, attended_index
-
         exchange = self.job.context_exchange or "all-gather"
         attended = attended_index(tokens, cp.size, cp.place).to(self.mesh.device)
         held = own_part(attended, 1, tp)

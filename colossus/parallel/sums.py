@@ -1,8 +1,8 @@
 """What is left to sum of a step's gradients once the backward passes are over.
 
-Sharded data parallelism (FSDP2) has summed what it scatters over the ranks of one replica group. Left are: parameters of
-which every tensor-parallel rank has all, and sees other tokens; parameters that nothing shards; an embedding that is
-also the head, on both ends of a pipeline; and the replica groups, whoever is alive of them.
+Sharded data parallelism (FSDP2) has summed what it scatters over the ranks of one replica group. Left are: parameters
+of which every tensor-parallel rank has all, and sees other tokens; parameters that nothing shards; an embedding that is
+also the head, on both ends of a pipeline; and the replica groups.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +58,8 @@ class Sum:
 def plan_sums(
     placements: Mapping[str, Placement], mesh: Mesh, *, on_both_ends: frozenset[str] = frozenset()
 ) -> tuple[Sum, ...]:
-    """All sums of a step, each parameter in at most one. `on_both_ends`: of a pipeline, each with a gradient of its own."""
+    """All sums of a step, each parameter in at most one. `on_both_ends`: those of which both ends of a pipeline have a
+    gradient."""
     by_ranks: dict[tuple[Over, ...], list[str]] = {}
     for name, placement in placements.items():
         ends = (Over("ends"),) if name in on_both_ends else ()

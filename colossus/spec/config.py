@@ -24,7 +24,8 @@ from pydantic import BaseModel, ValidationError
 from colossus.errors import ConfigError, did_you_mean
 from colossus.spec.explain import dotted, explain, show
 from colossus.spec.fields import child, choices, item_type, may_be_none, model_of
-from colossus.spec.run import RunConfig
+from colossus.spec.plan import Plan
+from colossus.spec.run import Batch, RunConfig
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -226,6 +227,14 @@ def run_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
             f"no recipe {name_or_path!r}, nor is it a .toml file.{did_you_mean(name_or_path, known)}"
         )
     return override(known[name_or_path](), overrides)
+
+
+def with_plan(config: RunConfig, plan: Plan) -> RunConfig:
+    """The configuration with what a plan decides: the model, and the batch."""
+    batch = Batch(sequences=plan.global_batch_sequences, sequence_tokens=plan.sequence_tokens)
+    plain = {**_to_plain(config), "model": _to_plain(plan.model), "batch": _to_plain(batch)}
+    plain.pop("plan", None)
+    return validated(RunConfig, plain)
 
 
 def recipes() -> Mapping[str, Callable[[], RunConfig]]:

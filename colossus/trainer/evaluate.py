@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from colossus.data import IGNORED, Corpus, heldout_windows
+from colossus.data import IGNORED, Corpus, HeldOutWindows, heldout_windows
 from colossus.evaluate.score import score
 from colossus.models import Decoder
 from colossus.spec.rank import RankPlan
@@ -57,5 +57,10 @@ def evaluate(
             )
             nats -= float(scores.log_probabilities.sum())
             num_tokens += int((batch.targets != IGNORED).sum())
+    return held_out(nats, num_tokens, windows)
+
+
+def held_out(nats: float, num_tokens: int, windows: HeldOutWindows) -> HeldOut:
+    """The result of `num_tokens` of the windows' tokens whose losses add up to `nats`."""
     loss = nats / num_tokens
     return HeldOut(loss, loss / math.log(2) * windows.num_tokens / windows.num_bytes, num_tokens)

@@ -41,8 +41,8 @@ def start(
     is trained, TrainingDiverged after.
     """
     costs = Costs()
-    corpus = _prepare(config, runs_directory, progress, costs)
-    reader = _reader(config, corpus)
+    corpus = prepare_corpus(config, runs_directory, progress, costs)
+    reader = open_reader(config, corpus)
     prepare_process(threads or (config.plan.machine.num_threads if config.plan else None))
     config = _planned(config) if config.plan is None else config
     _check_plan(_plan_of(config))
@@ -79,9 +79,9 @@ def resume(
             )
         if config.plan is not None:
             _check_plan(config.plan)
-        corpus = _prepare(config, run.path.parent, progress, costs)
-        reader = _reader(config, corpus)
-        _check_tokenizer(run, corpus)
+        corpus = prepare_corpus(config, run.path.parent, progress, costs)
+        reader = open_reader(config, corpus)
+        check_tokenizer(run, corpus)
         # Sums depend on how many threads share them: the plan's number is part of what makes a resumed run exact.
         prepare_process(threads or (config.plan.machine.num_threads if config.plan else None))
         if config.plan is None:  # an imported model, of which nothing has been trained here yet
@@ -91,7 +91,7 @@ def resume(
         state = TrainState.new(config)
         news = _load(run, config, state)
         if budget is not None and budget != config.budget:
-            news.append(_rebudget(config.budget, budget, state.progress))
+            news.append(rebudget(config.budget, budget, state.progress))
             config = config.model_copy(update={"budget": budget})
             with writing(run):
                 run.write_config(config)
@@ -101,7 +101,7 @@ def resume(
 # --- before training ---
 
 
-def _prepare(config: RunConfig, runs_directory: Path, progress: ShownProgress, costs: Costs) -> Corpus:
+def prepare_corpus(config: RunConfig, runs_directory: Path, progress: ShownProgress, costs: Costs) -> Corpus:
     before = time.process_time()
     with progress or contextlib.nullcontext() as shown:
         corpus = prepare(config.data, corpus_directory(config.data, runs_directory), progress=shown)
@@ -109,7 +109,7 @@ def _prepare(config: RunConfig, runs_directory: Path, progress: ShownProgress, c
     return corpus
 
 
-def _reader(config: RunConfig, corpus: Corpus) -> BatchReader:
+def open_reader(config: RunConfig, corpus: Corpus) -> BatchReader:
     """Raises ConfigError for a tokenizer that the model has too few rows for, DataError for too little text."""
     if corpus.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -138,7 +138,7 @@ def _check_plan(plan: RankPlan) -> None:
         )
 
 
-def _check_tokenizer(run: RunDirectory, corpus: Corpus) -> None:
+def check_tokenizer(run: RunDirectory, corpus: Corpus) -> None:
     if Tokenizer.load(run.tokenizer_path).fingerprint != corpus.tokenizer.fingerprint:
         raise DataError(
             f"{run.path} was trained with another tokenizer than its corpus has now: the text or the tokenizer file "
@@ -159,7 +159,7 @@ def _load(run: RunDirectory, config: RunConfig, state: TrainState) -> list[Event
     return [CheckpointRejected(path=str(one.path), reason=one.reason) for one in rejected]
 
 
-def _rebudget(before: Duration, budget: Duration, progress: RunProgress) -> Decision:
+def rebudget(before: Duration, budget: Duration, progress: RunProgress) -> Decision:
     """Raises ConfigError for a budget that leaves nothing to train."""
     if budget.done(progress) >= 1:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """One step's arithmetic: micro-batches in, gradients of the mean token loss out."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -72,16 +73,17 @@ def accumulate_gradients(
     losses, which are sums over sequences.
     """
     num_tokens = int((batch.targets != IGNORED).sum())
-    router_losses = _router_losses(routing, num_tokens, plan.machine.kind)
+    losses = router_losses(routing, num_tokens, plan.machine.kind)
     total = torch.zeros((), device=plan.machine.kind)
     for micro_batch in split(batch, plan.micro_batch_sequences):
-        objective, sums = loss_sums(model, micro_batch, plan, z_loss=z_loss, router_losses=router_losses)
+        objective, sums = loss_sums(model, micro_batch, plan, z_loss=z_loss, router_losses=losses)
         (objective / num_tokens).backward()
         total += sums.loss
     return Sums(total, num_tokens)
 
 
-def _router_losses(routing: Routing, num_tokens: int, device: str) -> RouterLosses | None:
+def router_losses(routing: Routing, num_tokens: int, device: str) -> RouterLosses | None:
+    """Their weights, for a step of `num_tokens` on all ranks."""
     if not routing.balance_loss and not routing.z_loss:
         return None
     return RouterLosses(
@@ -93,7 +95,11 @@ def _router_losses(routing: Routing, num_tokens: int, device: str) -> RouterLoss
 def take_expert_loads(model: Decoder) -> float | None:
     """The busiest expert's tokens over the mean, the largest of all layers, since this was last asked; None where the
     model has no experts."""
-    loads = [module.load for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    return worst_load([module.load for module in model.modules() if isinstance(module, MixtureOfExperts)])
+
+
+def worst_load(loads: Collection[Tensor]) -> float | None:
+    """Of each layer's loads, (num_experts,), the largest over the mean, the worst of all; sets them to 0."""
     if not loads:
         return None
     worst = torch.stack([load.max() / load.mean() for load in loads]).max().item()

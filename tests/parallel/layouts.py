@@ -10,7 +10,21 @@ from colossus.data import Batch
 from colossus.models import RouterLosses, build
 from colossus.spec.job import Job, Share
 from colossus.spec.layout import Layout
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, MoeSpec
+from colossus.spec.model import (
+    AttentionSpec,
+    FirstLayers,
+    LatentAttentionSpec,
+    LayerNormSpec,
+    MlpSpec,
+    ModelSpec,
+    MoeSpec,
+    NgramSpec,
+    RecallSpec,
+    RouterGroups,
+    RouterSpec,
+    SharedMlpSpec,
+    WindowSpec,
+)
 
 
 def dense(**changes: Any) -> ModelSpec:
@@ -31,6 +45,83 @@ def mixture(**changes: Any) -> ModelSpec:
     return dense(
         **{"name": "mixture", "mlp": MoeSpec(num_experts=8, top_k=2, intermediate_size=24), **changes}
     )
+
+
+GROK_LIKE = mixture(
+    name="grok-like",
+    attention=AttentionSpec(
+        num_heads=4, num_kv_heads=2, head_dim=8, score_soft_cap=3.0, window=WindowSpec(tokens=9, full_every=2)
+    ),
+    norm_placement="sandwich",
+    embedding_multiplier=2.0,
+    logit_multiplier=0.7,
+    logit_soft_cap=5.0,
+    mlp=MoeSpec(
+        num_experts=8,
+        top_k=2,
+        intermediate_size=24,
+        activation="geglu",
+        router=RouterSpec(renormalized=False, soft_cap=4.0),
+        shared=SharedMlpSpec(intermediate_size=32, sum_multiplier=0.7),
+    ),
+)
+DEEPSEEK_LIKE = mixture(
+    name="deepseek-like",
+    attention=LatentAttentionSpec(
+        num_heads=4, q_lora_rank=16, kv_lora_rank=12, nope_head_dim=6, rope_head_dim=4, value_head_dim=5
+    ),
+    first_layers=FirstLayers(num_layers=1, mlp=MlpSpec(intermediate_size=40)),
+    mlp=MoeSpec(
+        num_experts=8,
+        top_k=2,
+        intermediate_size=24,
+        shared=SharedMlpSpec(intermediate_size=16),
+        router=RouterSpec(
+            scoring="sigmoid", balancing_bias=True, groups=RouterGroups(num_groups=4, top_groups=2)
+        ),
+    ),
+)
+OLMO_LIKE = dense(
+    name="olmo-like",
+    attention=AttentionSpec(
+        num_heads=4, num_kv_heads=4, head_dim=8, qk_norm=True, qk_norm_weights="all_heads"
+    ),
+    norm_placement="post",
+)
+GPT_LIKE = dense(
+    name="gpt-like",
+    attention=AttentionSpec(num_heads=4, num_kv_heads=4, head_dim=8, rope=None, bias="all", sinks=True),
+    mlp=MlpSpec(intermediate_size=48, activation="gelu", bias=True),
+    norm=LayerNormSpec(),
+    learned_positions=True,
+    tied_embeddings=True,
+)
+SPARSE = dense(
+    name="sparse",
+    ngrams=NgramSpec(num_rows=64),
+    recall=RecallSpec(),
+    attention=AttentionSpec(num_heads=4, num_kv_heads=1, head_dim=8, qk_norm=True, qk_norm_weights="head"),
+    embedding_norm=True,
+)
+GPT_OSS_LIKE = mixture(
+    name="gpt-oss-like",
+    attention=AttentionSpec(
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        sinks=True,
+        bias="all",
+        window=WindowSpec(tokens=9, full_every=2),
+    ),
+    mlp=MoeSpec(
+        num_experts=8,
+        top_k=2,
+        intermediate_size=24,
+        activation="clamped_swiglu",
+        bias=True,
+        router=RouterSpec(bias=True),
+    ),
+)
 
 
 def job(

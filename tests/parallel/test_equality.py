@@ -9,9 +9,21 @@ import torch.distributed as dist
 from colossus.models import RouterLosses, build, chunked_cross_entropy
 from colossus.parallel.mesh import Mesh
 from colossus.parallel.rank_model import Objective, RankModel
-from colossus.spec.job import Job
+from colossus.spec.job import Job, Share
 from colossus.spec.model import ModelSpec
-from tests.parallel.layouts import batch, dense, job, mixture, part_of
+from tests.parallel.layouts import (
+    DEEPSEEK_LIKE,
+    GPT_LIKE,
+    GPT_OSS_LIKE,
+    GROK_LIKE,
+    OLMO_LIKE,
+    SPARSE,
+    batch,
+    dense,
+    job,
+    mixture,
+    part_of,
+)
 from tests.parallel.ranks import run_ranks
 
 BALANCE, ROUTER_Z, Z_LOSS = 0.02, 0.003, 0.001
@@ -30,7 +42,8 @@ def alone(model: ModelSpec, job: Job) -> tuple[float, dict[str, torch.Tensor]]:
         multiplier=model.logit_multiplier, soft_cap=model.logit_soft_cap, z_loss=Z_LOSS,
     )  # fmt: skip
     (objective / num_tokens).backward()
-    return loss.item(), {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+    return loss.item(), {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}
 
 
 def one_step(model: ModelSpec, job: Job) -> tuple[float, dict[str, tuple[Any, torch.Tensor]]]:
@@ -61,7 +74,7 @@ def check(model: ModelSpec, job: Job, tolerance: float = 2e-5) -> None:
     for rank, (_, boxes) in enumerate(results):
         for name, ((offsets, shape), gradient) in boxes.items():
             here = tuple(slice(o, o + s) for o, s in zip(offsets, shape, strict=True))
-            wanted = gradients[name].to_dense() if gradients[name].is_sparse else gradients[name]
+            wanted = gradients[name]
             assert tuple(gradient.shape) == shape, (rank, name)
             scale = wanted.abs().max()
             error = ((gradient - wanted[here]).abs().max() / scale).item() if gradient.numel() else 0.0
@@ -70,28 +83,101 @@ def check(model: ModelSpec, job: Job, tolerance: float = 2e-5) -> None:
     assert all(one.all() for one in seen.values())
 
 
-CASES = {
+UNEQUAL = (
+    Share(num_groups=1, micro_batch_sequences=1, num_micro_batches=3),
+    Share(num_groups=1, micro_batch_sequences=2, num_micro_batches=2, recompute="full"),
+)
+Case = tuple[ModelSpec, dict[str, Any]]
+TWO: dict[str, Case] = {
     "one": (dense(), {}),
     "replica": (dense(), {"replica": 2}),
-    "replicas, unequal": (dense(), {"replica": 2}),
+    "unequal groups": (dense(), {"replica": 2, "shares": UNEQUAL}),
+    "unequal groups of a mixture": (mixture(), {"replica": 2, "shares": UNEQUAL}),
     "optimizer": (dense(), {"shard": 2, "sharding": "optimizer"}),
     "gradients": (dense(), {"shard": 2, "sharding": "gradients"}),
     "weights": (dense(), {"shard": 2, "sharding": "weights"}),
+    "shard, nothing sharded": (dense(), {"shard": 2}),
+    "weights, lookups": (SPARSE, {"shard": 2, "sharding": "weights"}),
     "tp": (dense(), {"tp": 2}),
+    "tp, biases": (GPT_LIKE, {"tp": 2}),
+    "tp, norms over all heads": (OLMO_LIKE, {"tp": 2}),
+    "tp, keys shared, lookups": (SPARSE, {"tp": 2}),
+    "tp, latent": (DEEPSEEK_LIKE, {"tp": 2}),
+    "tp, plain queries, latent": (
+        dense(attention=DEEPSEEK_LIKE.attention.model_copy(update={"q_lora_rank": None})), {"tp": 2}
+    ),
+    "tp, vocabulary that does not come out even": (dense(vocab_size=97), {"tp": 2}),
+    "ring": (dense(), {"cp": 2, "context_exchange": "ring"}),
+    "all-gather": (dense(), {"cp": 2, "context_exchange": "all-gather"}),
+    "all-to-all": (dense(), {"cp": 2, "context_exchange": "all-to-all"}),
+    "ring, windows, soft cap": (GROK_LIKE, {"cp": 2, "context_exchange": "ring"}),
+    "ring, sharded, latent": (DEEPSEEK_LIKE, {"cp": 2, "context_exchange": "ring", "sharding": "weights", "ep": 2}),
+    "all-gather, sinks, positions": (GPT_LIKE, {"cp": 2, "context_exchange": "all-gather"}),
+    "ring, lookups": (SPARSE, {"cp": 2, "context_exchange": "ring"}),
     "pp": (dense(), {"pp": 2}),
     "gpipe": (dense(), {"pp": 2, "schedule": "gpipe"}),
     "interleaved": (dense(), {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}),
     "zb-h1": (dense(), {"pp": 2, "schedule": "zb-h1"}),
+    "zb-h1, biases, tied": (GPT_LIKE, {"pp": 2, "schedule": "zb-h1"}),
+    "zb-h1, mixture": (GROK_LIKE, {"pp": 2, "schedule": "zb-h1"}),
     "zbv": (dense(), {"pp": 2, "schedule": "zbv", "virtual_stages": 2}),
     "dualpipev": (dense(), {"pp": 2, "schedule": "dualpipev", "virtual_stages": 2}),
     "uneven stages, tied": (dense(tied_embeddings=True), {"pp": 2, "stage_layers": (1, 3)}),
+    "pp, lookups": (SPARSE, {"pp": 2}),
     "ep": (mixture(), {"shard": 2, "ep": 2}),
-    "mixture, tp": (mixture(), {"tp": 2, "ep": 2}),
-    "mixture, expert_tp": (mixture(), {"tp": 2, "expert_tp": 2}),
-}
+    "ep, weights": (DEEPSEEK_LIKE, {"shard": 2, "ep": 2, "sharding": "weights"}),
+    "experts sharded": (GPT_OSS_LIKE, {"shard": 2, "sharding": "weights"}),
+    "mixture, tp, ep": (GROK_LIKE, {"tp": 2, "ep": 2}),
+    "mixture, expert_tp": (GPT_OSS_LIKE, {"tp": 2, "expert_tp": 2}),
+    "mixture, tp alone": (mixture(), {"tp": 2, "sharding": "weights"}),
+}  # fmt: skip
+FOUR: dict[str, Case] = {
+    "fsdp + tp": (dense(), {"shard": 2, "tp": 2, "sharding": "weights"}),
+    "tp 4, keys on two ranks": (dense(), {"tp": 4}),
+    "pp + fsdp": (dense(), {"pp": 2, "shard": 2, "sharding": "weights"}),
+    "pp + optimizer, interleaved": (
+        dense(), {"pp": 2, "shard": 2, "sharding": "optimizer", "schedule": "interleaved", "virtual_stages": 2}
+    ),
+    "zb-h1 + fsdp": (dense(), {"pp": 2, "shard": 2, "sharding": "weights", "schedule": "zb-h1"}),
+    "dualpipev + fsdp": (
+        dense(), {"pp": 2, "shard": 2, "sharding": "gradients", "schedule": "dualpipev", "virtual_stages": 2}
+    ),
+    "tp + pp, tied": (GPT_LIKE, {"tp": 2, "pp": 2}),
+    "cp + tp": (OLMO_LIKE, {"cp": 2, "tp": 2, "context_exchange": "ring"}),
+    "cp 4": (SPARSE, {"cp": 4, "context_exchange": "ring"}),
+    "ep + fsdp": (DEEPSEEK_LIKE, {"shard": 4, "ep": 2, "sharding": "weights"}),
+    "ep + tp": (GROK_LIKE, {"shard": 2, "tp": 2, "ep": 4, "sharding": "optimizer"}),
+    "expert_tp + ep": (mixture(), {"shard": 2, "tp": 2, "expert_tp": 2, "ep": 2, "sharding": "weights"}),
+    "replica + fsdp": (dense(), {"replica": 2, "shard": 2, "sharding": "weights"}),
+    "replica + pp, unequal": (dense(), {"replica": 2, "pp": 2, "shares": (UNEQUAL[0].model_copy(update={"num_micro_batches": 4}), UNEQUAL[1].model_copy(update={"num_micro_batches": 4}))}),
+}  # fmt: skip
+EIGHT: dict[str, Case] = {
+    "ep + tp + pp": (GROK_LIKE, {"pp": 2, "shard": 2, "tp": 2, "ep": 4, "sharding": "optimizer"}),
+    "replica + pp + fsdp + tp": (dense(tied_embeddings=True), {"replica": 2, "pp": 2, "tp": 2, "shard": 1}),
+    "cp + tp + fsdp": (
+        DEEPSEEK_LIKE, {"shard": 2, "cp": 2, "tp": 2, "ep": 8, "sharding": "weights", "context_exchange": "all-gather"}
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_is_that_of_one_process(name: str) -> None:
-    model, settings = CASES[name]
-    check(model, job(model, **settings))
+@pytest.mark.parametrize("name", TWO)
+def test_on_two_ranks(name: str) -> None:
+    check(TWO[name][0], job(TWO[name][0], **TWO[name][1]))
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_on_four_ranks(name: str) -> None:
+    check(FOUR[name][0], job(FOUR[name][0], **FOUR[name][1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EIGHT)
+def test_on_eight_ranks(name: str) -> None:
+    check(EIGHT[name][0], job(EIGHT[name][0], **EIGHT[name][1]))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "alternate", "full"])
+@pytest.mark.parametrize("model", [GROK_LIKE, GPT_LIKE], ids=lambda model: model.name)
+def test_what_is_computed_again_is_the_same(model: ModelSpec, recompute: Any) -> None:
+    share = Share(num_micro_batches=2, recompute=recompute)
+    check(model, job(model, tp=2, ep=2 if model is GROK_LIKE else 1, shares=(share,)))

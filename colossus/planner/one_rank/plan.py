@@ -2,14 +2,16 @@
 
 from colossus.errors import ConfigError
 from colossus.planner.one_rank.memory import step_memory
-from colossus.spec.model import Dtype, ModelSpec, MoeSpec
 from colossus.spec.layout import Layout
+from colossus.spec.model import Dtype, ModelSpec, MoeSpec
 from colossus.spec.rank import Machine, RankEstimate, RankPlan
 from colossus.spec.run import RunConfig
 from colossus.units import format_bytes, format_seconds
 
 LOGITS_IN_CACHE_BYTES = 2 * 2**20
 """A chunk's float32 logits should stay in a core's cache between the passes over them."""
+LOGITS_ON_GPU_BYTES = 2**30
+"""A chunk's float32 logits on a GPU: 2,048 tokens of a vocabulary of 128,000."""
 MEMORY_TO_USE = 0.9
 """Share of the machine's memory that a plan may fill."""
 ASSUMED_MFU = 0.5
@@ -32,10 +34,11 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> RankPlan:
     machine = _machine_for(model, machine)
     reasons: dict[str, str] = {}
     dtype = _dtype(config, machine, reasons)
-    chunk = max(32, min(batch.tokens, LOGITS_IN_CACHE_BYTES // (4 * model.vocab_size)))
+    chunk = loss_chunk_tokens(model, batch.tokens, machine.kind)
+    room = "which stays in cache" if machine.kind == "cpu" else "little beside the rest"
     reasons["loss_chunk_tokens"] = (
         f"{chunk} tokens × {model.vocab_size} logits × 4 bytes = {format_bytes(4 * chunk * model.vocab_size)}, "
-        f"which stays in cache; all {batch.tokens} at once would be {format_bytes(4 * batch.tokens * model.vocab_size)}"
+        f"{room}; all {batch.tokens} at once would be {format_bytes(4 * batch.tokens * model.vocab_size)}"
     )
     micro_batch = _micro_batch(config, machine, dtype, chunk, reasons)
     flops = model.flops_per_token(batch.sequence_tokens) * batch.tokens
@@ -56,6 +59,12 @@ def plan_one_rank(config: RunConfig, machine: Machine) -> RankPlan:
         ),
         reasons=reasons,
     )
+
+
+def loss_chunk_tokens(model: ModelSpec, tokens: int, kind: str, *, tp: int = 1) -> int:
+    """Tokens whose logits stand in memory at once: on a CPU as fit its cache, on a GPU as keep it busy."""
+    room = LOGITS_IN_CACHE_BYTES if kind == "cpu" else LOGITS_ON_GPU_BYTES
+    return max(32, min(tokens, room * tp // (4 * model.vocab_size)))
 
 
 def _machine_for(model: ModelSpec, machine: Machine) -> Machine:

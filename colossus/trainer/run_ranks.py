@@ -1,0 +1,258 @@
+"""A run of many ranks: what the process does that starts it, and what each rank does.
+
+    colossus train --plan plan.json ─► start: corpus, run directory with plan.json ─► launch ─► main, on every rank
+
+Under a cluster's launcher every rank calls `main` itself (`python -m colossus.trainer.run_ranks RUN`).
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from colossus.checkpoint import ProcessGroupRanks, list_checkpoints, load_newest_shards
+from colossus.data import corpus_directory, prepare
+from colossus.errors import ColossusError, ConfigError, RunError
+from colossus.events import CheckpointRejected, Decision, Event
+from colossus.launch.environment import place
+from colossus.launch.failure import report_failure
+from colossus.launch.local import Ending, rank_processes, run_ranks
+from colossus.observe import Observer
+from colossus.observe.run_directory import RunDirectory
+from colossus.observe.summary import Summary
+from colossus.parallel.mesh import Mesh
+from colossus.planner.one_rank.plan import loss_chunk_tokens
+from colossus.spec.config import with_plan
+from colossus.spec.duration import Duration
+from colossus.spec.job import Job
+from colossus.spec.plan import Plan
+from colossus.spec.rank import Machine, Memory, RankEstimate, RankPlan
+from colossus.spec.run import RunConfig
+from colossus.trainer.machine import device_kind, measure_machine, prepare_process, usable_cores
+from colossus.trainer.ranks import RankState
+from colossus.trainer.run import ShownProgress, check_tokenizer, open_reader, prepare_corpus, rebudget
+from colossus.trainer.session import Costs, run_session, writing
+
+FINGERPRINT = "COLOSSUS_PLAN"
+"""The environment variable in which the launcher tells every rank which plan it is to execute."""
+THREADS = "OMP_NUM_THREADS"
+
+
+# --- the process that starts them ---
+
+
+def start_ranks(
+    config: RunConfig,
+    plan: Plan,
+    *,
+    runs_directory: Path,
+    name: str,
+    threads: int | None = None,
+    progress: ShownProgress = None,
+) -> RunDirectory:
+    """Trains a new run by `plan`, all of its ranks on this machine; returns when they have ended.
+
+    Raises ConfigError before anything is trained, RankFailed
+    when a rank failed.
+    """
+    check_machine(plan)
+    config = with_plan(config, plan)
+    corpus = prepare_corpus(config, runs_directory, progress, Costs())
+    open_reader(config, corpus)
+    run = RunDirectory.create(runs_directory, name)
+    with writing(run):
+        corpus.tokenizer.save(run.tokenizer_path)
+        run.write_plan(plan)
+        run.write_description(config)  # last: a directory with a config.toml can be resumed
+    _launch(run, plan, threads)
+    return run
+
+
+def resume_ranks(
+    run: RunDirectory,
+    *,
+    budget: Duration | None = None,
+    plan: Plan | None = None,
+    threads: int | None = None,
+) -> RunDirectory:
+    """Goes on with a run from its newest good checkpoint, under its own plan or another one of the same model."""
+    if plan is not None:
+        check_machine(plan)
+        config = run.config()
+        if plan.model != config.model:
+            raise ConfigError(f"the plan is for {plan.model.name}, and {run.path} trains {config.model.name}")
+        with writing(run):
+            run.write_plan(plan)
+            run.write_config(with_plan(config, plan))
+    _launch(run, run.plan(), threads, budget)
+    return run
+
+
+def check_machine(plan: Plan) -> None:
+    """Raises ConfigError where this machine cannot run all ranks of the plan."""
+    num_ranks = plan.layout.num_ranks
+    if device_kind() == "cuda":
+        there = torch.cuda.device_count()
+        if num_ranks > there:
+            raise ConfigError(
+                f"the plan has {num_ranks:,} ranks, one for each GPU, and this machine has {there}; start it with the "
+                f"cluster's launcher (python -m colossus.trainer.run_ranks RUN on every rank), or plan for this machine"
+            )
+        return
+    most = 8 * usable_cores()
+    if num_ranks > most:
+        raise ConfigError(
+            f"the plan has {num_ranks:,} ranks, and this machine has {usable_cores()} CPU cores and no GPU: it runs up "
+            f"to {most} at once; `colossus plan --prove` shows what each rank would do without running them"
+        )
+
+
+def _launch(run: RunDirectory, plan: Plan, threads: int | None, budget: Duration | None = None) -> None:
+    argv = [sys.executable, "-m", "colossus.trainer.run_ranks", str(run.path)]
+    if budget is not None:
+        argv += ["--budget", f"{budget.amount:g}", budget.unit]
+    processes = rank_processes(
+        argv,
+        plan.layout.num_ranks,
+        run.path / "logs",
+        environment={FINGERPRINT: plan.fingerprint()},
+        num_threads=threads,
+    )
+    ending = run_ranks(processes)
+    if ending is Ending.KILLED:
+        raise KeyboardInterrupt
+
+
+# --- each rank ---
+
+
+def main(arguments: Sequence[str]) -> None:
+    """This process's part of the run in a directory: `RUN [--budget AMOUNT UNIT]`."""
+    run = RunDirectory(Path(arguments[0]))
+    budget = None
+    if arguments[1:2] == ["--budget"]:
+        budget = Duration(amount=float(arguments[2]), unit=arguments[3])  # type: ignore[arg-type]
+    here = place()
+    if here is None:
+        raise RunError("this process was started by no launcher: RANK and WORLD_SIZE are not set")
+    plan = run.plan()
+    _check_plan(plan, here.num_ranks)
+    threads = int(os.environ.get(THREADS, 0)) or max(1, usable_cores() // here.num_ranks)
+    prepare_process(threads)
+    device = device_kind()
+    if device == "cuda":
+        torch.cuda.set_device(here.local_rank)
+    os.environ.update(here.variables())
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if here.rank == 0:
+                stack.enter_context(run.lock())
+            _train(run, plan, budget, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_plan(plan: Plan, num_ranks: int) -> None:
+    """Raises ConfigError where this process does not execute what was started."""
+    told, mine = os.environ.get(FINGERPRINT), plan.fingerprint()
+    if told is not None and told != mine:
+        raise ConfigError(
+            f"the run was started with plan {told}, and plan.json has {mine}: it was changed in between; start it again"
+        )
+    if plan.layout.num_ranks != num_ranks:
+        raise ConfigError(
+            f"the plan has {plan.layout.num_ranks:,} ranks, and {num_ranks:,} were started; start as many as it has"
+        )
+
+
+def _train(run: RunDirectory, plan: Plan, budget: Duration | None, device: str) -> Summary:
+    costs = Costs()
+    config = run.config()
+    corpus = prepare(config.data, corpus_directory(config.data, run.path.parent))
+    reader = open_reader(config, corpus)
+    check_tokenizer(run, corpus)
+    job = Job.of(plan)
+    mesh = Mesh(job.layout, job.expert_tp, device=device)
+    everyone = ProcessGroupRanks()
+    if everyone.broadcast(plan.fingerprint()) != plan.fingerprint():
+        raise ConfigError("ranks read different plans: does every host see the same run directory?")
+    # One machine's measurements for all, so that all of them compute alike.
+    machine = everyone.broadcast(measure_machine(config) if mesh.rank == 0 else None)
+    rank_plan = rank_plan_of(config, plan, job, mesh.rank, machine)
+    state = RankState(config, job, rank_plan, mesh)
+    news: list[Event] = _decisions(plan)
+    if list_checkpoints(run.checkpoints_path):
+        loaded, rejected = load_newest_shards(
+            run.checkpoints_path, state.wanted(), everyone, expect=config.model, optional=("optimizer.",)
+        )
+        state.load(loaded.tensors, loaded.facts)
+        news = [CheckpointRejected(path=str(one.path), reason=one.reason) for one in rejected]
+    if budget is not None and budget != config.budget:
+        news.append(rebudget(config.budget, budget, state.progress))
+        config = config.model_copy(update={"budget": budget})
+        state.config = config
+        if state.leads:
+            with writing(run):
+                run.write_config(config)
+    observers: tuple[Observer, ...] = ()
+    if state.leads:
+        from colossus.observe.lines import Lines
+
+        observers = (Lines(config, lambda line: print(line, flush=True)),)
+    return run_session(run, config, rank_plan, corpus, reader, state, costs, observers, news)
+
+
+def _decisions(plan: Plan) -> list[Event]:
+    sizes = plan.layout.model_dump()
+    chosen = {what: getattr(plan, what, sizes.get(what, "")) for what in plan.reasons}
+    return [Decision(what=what, choice=str(chosen[what]), reason=why) for what, why in plan.reasons.items()]
+
+
+def rank_plan_of(config: RunConfig, plan: Plan, job: Job, rank: int, machine: Machine) -> RankPlan:
+    """How `rank` does its part on `machine`."""
+    share = job.share(rank)
+    pool = plan.pools[job.shares.index(share)]
+    dtype = "float32" if plan.precision == "float32" else "bfloat16"
+    tokens = share.micro_batch_sequences * plan.sequence_tokens // plan.layout.cp
+    held = pool.memory_bytes
+    known = ("weights", "gradients", "optimizer", "activations", "loss")
+    memory = Memory(
+        baseline_bytes=held.get("context", 0),
+        weight_bytes=held.get("weights", 0),
+        gradient_bytes=held.get("gradients", 0),
+        optimizer_bytes=held.get("optimizer", 0),
+        activation_bytes=held.get("activations", 0),
+        loss_bytes=held.get("loss", 0),
+        workspace_bytes=sum(size for name, size in held.items() if name not in (*known, "context")),
+    )
+    flops = config.model.flops_per_token(plan.sequence_tokens) * plan.step_tokens / plan.layout.num_ranks
+    return RankPlan(
+        layout=plan.layout,
+        machine=machine,
+        micro_batch_sequences=share.micro_batch_sequences,
+        num_micro_batches=share.num_micro_batches,
+        sequence_tokens=plan.sequence_tokens,
+        dtype=dtype,
+        compile=machine.kind == "cuda" if config.fixed.compile is None else config.fixed.compile,
+        loss_chunk_tokens=loss_chunk_tokens(config.model, tokens, machine.kind, tp=plan.layout.tp),
+        estimate=RankEstimate(
+            memory=memory, flops_per_step=flops, step_time_s=plan.estimate.step_time_s.likely
+        ),
+        reasons={},
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BaseException as error:
+        report_failure(error)
+        if isinstance(error, ColossusError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        raise
