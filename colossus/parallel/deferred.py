@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colossus.models import Decoder
+from colossus.models.float8.grouped import Float8Groups
+from colossus.models.float8.matmul import Float8Matmul
 from colossus.models.grouped import multiply_groups, sum_groups
 from colossus.models.moe import Groups, StackedLinear
 from colossus.models.parts import Linear
@@ -47,29 +50,40 @@ def defer_weight_gradients(model: Decoder, deferred: Deferred) -> None:
 
 
 def _linear(module: Linear, deferred: Deferred, x: Tensor) -> Tensor:
-    made = _Deferring.apply(x, module.weight, deferred, _times, _gradient_of_linear, ())
+    how = module.multiply
+    products = (
+        how.products if isinstance(how, Float8Matmul) else (F.linear, _input_gradient, _weight_gradient)
+    )
+    flat = _Deferring.apply(x.flatten(0, -2), module.weight, deferred, products, ())
+    made = flat.unflatten(0, x.shape[:-1])
     return made if module.bias is None else made + module.bias.to(x.dtype)
 
 
 def _stacked(module: StackedLinear, deferred: Deferred, x: Tensor, groups: Groups) -> Tensor:
-    made = _Deferring.apply(x, module.weight, deferred, multiply_groups, _gradient_of_stack, (groups.ends,))
+    how = module.multiply
+    products = (
+        how.products if isinstance(how, Float8Groups) else (multiply_groups, _groups_gradient, sum_groups)
+    )
+    made = _Deferring.apply(x, module.weight, deferred, products, (groups.ends,))
     return made if module.bias is None else made + module.bias.to(x.dtype)[groups.experts]
 
 
-def _times(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x, weight)
+def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    return gradient @ weight
 
 
-def _gradient_of_linear(gradient: Tensor, x: Tensor) -> Tensor:
-    return gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    return gradient.t() @ x
 
 
-def _gradient_of_stack(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    return sum_groups(gradient, x, ends)
+def _groups_gradient(gradient: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return multiply_groups(gradient, weight.transpose(1, 2), ends)
 
 
 class _Deferring(torch.autograd.Function):
-    """`multiply(x, weight, *more)`, whose weight's gradient is made at once or put off."""
+    """`output(x, weight, *more)`, whose weight's gradient is made at once or put off.
+
+    products: output, input_gradient(gradient, weight, *more), weight_gradient(gradient, x, *more)."""
 
     @staticmethod
     def forward(
@@ -77,25 +91,20 @@ class _Deferring(torch.autograd.Function):
         x: Tensor,
         weight: nn.Parameter,
         deferred: Deferred,
-        multiply: Callable[..., Tensor],
-        weight_gradient: Callable[..., Tensor],
+        products: tuple[Callable[..., Tensor], ...],
         more: tuple[Tensor, ...],
     ) -> Tensor:
         ctx.save_for_backward(x, *more)
         # Not saved: sharded data parallelism gives the parameter its data back in place.
-        ctx.weight, ctx.deferred, ctx.weight_gradient, ctx.multiply = (
-            weight,
-            deferred,
-            weight_gradient,
-            multiply,
-        )
-        return multiply(x, weight.to(x.dtype), *more)
+        ctx.weight, ctx.deferred = weight, deferred
+        output, ctx.input_gradient, ctx.weight_gradient = products
+        return output(x, weight.to(x.dtype), *more)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, *more = ctx.saved_tensors
         weight = ctx.weight
-        grad_x = ctx.multiply(gradient, weight.to(gradient.dtype).transpose(-1, -2), *more)
+        grad_x = ctx.input_gradient(gradient, weight.to(gradient.dtype), *more)
 
         def make() -> Tensor:
             return ctx.weight_gradient(gradient, x, *more).to(weight.dtype)
@@ -106,5 +115,5 @@ class _Deferring(torch.autograd.Function):
 
         if ctx.deferred.on:
             ctx.deferred.put(add)
-            return grad_x, None, None, None, None, None
-        return grad_x, make(), None, None, None, None
+            return grad_x, None, None, None, None
+        return grad_x, make(), None, None, None

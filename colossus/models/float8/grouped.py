@@ -5,6 +5,7 @@ weights' gradients stay in the inputs' dtype: their sums run over the tokens of 
 padded to multiples of 16, expert by expert.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ class Float8Groups:
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         return sum_groups(gradient, x, ends)
+
+    @property
+    def products(self) -> tuple[Callable[..., Tensor], ...]:
+        """Output, input gradient and weight gradient, for who makes them apart."""
+        return self.output, self.input_gradient, self.weight_gradient
 
     def narrow(self, tensor: Tensor, along: Dim) -> Narrow:
         """tensor: (…, rows, contracted along `along`)."""

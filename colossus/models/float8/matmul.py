@@ -11,6 +11,7 @@ For the backward pass it keeps x and W as they are given, like a matmul in their
 share is kept once, and a weight that was gathered for this layer can be let go of.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -77,6 +78,11 @@ class Float8Matmul:
         left = self._narrow(gradient, TOKENS_OUTPUTS, "tokens", self.gradient_format, scales[0])
         right = self._narrow(x, TOKENS_INPUTS, "tokens", E4M3, scales[1])
         return self._multiply(left, right, gradient.dtype, fast=False)
+
+    @property
+    def products(self) -> tuple[Callable[..., Tensor], ...]:
+        """Output, input gradient and weight gradient, for who makes them apart."""
+        return self.output, self.input_gradient, self.weight_gradient
 
     def scale(self, tensor: Tensor, dims: Dims, along: Dim, format: torch.dtype) -> Tensor:
         """float32 (1, 1), or one for each entry of the dim that is not `along`, (rows, 1)."""

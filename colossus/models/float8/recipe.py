@@ -70,7 +70,8 @@ class Splits:
     in the other. A column-parallel map has `outputs` split over tp, a row-parallel one `inputs`. Sequence parallelism
     adds nothing to these (tokens are gathered before the one and scattered after the other), but a map that is whole
     on each rank and sees the rank's own tokens, as those down to latents do, has `tokens` split. So has, over cp, every
-    map under context parallelism. Without these, scales are finer, which is no less accurate: only not the same.
+    map under context parallelism. Without these, scales are finer, which is no less accurate: only not the same. With
+    rowwise's powers of two hardly even that: other scales change only numbers that are too small for the format.
     """
 
     tokens: Largest | None = None
