@@ -1,8 +1,8 @@
 """Boxes of a checkpoint's tensors, whoever wrote them and however they were split then.
 
 A rank reads the index, the manifests of those parts that hold something of its boxes, and of their payloads the chunks
-that its elements lie in: each chunk is hashed as it is read, and only then are elements taken. Nothing that is larger
-than the boxes is put together.
+that its elements lie in: those are read through a hash first, and then the elements are taken from the file's pages.
+Nothing that is larger than the boxes is put together.
 """
 
 import math
@@ -96,31 +96,39 @@ def load_newest_shards(
             raise none_good(directory, rejected)
         name, before = candidate
         path = directory / name
-        outcome: Loaded | CheckpointError
+        outcome: Loaded | Exception
         try:
             outcome = load_shards(path, wanted, expect=expect, optional=optional)
-        except CheckpointError as error:
+        except Exception as error:  # of any kind: the others wait to hear of it
             outcome = error
         # No rank goes on with a checkpoint that is not good for all. The first that fails says why.
         first = ranks.lowest(ranks.num_ranks if isinstance(outcome, Loaded) else ranks.rank)
         if first == ranks.num_ranks:
-            assert isinstance(outcome, Loaded)
             return outcome, tuple(rejected)
-        failure = None
-        if isinstance(outcome, CheckpointError):
-            failure = (type(outcome), str(outcome), reason_of(path, outcome))
-        kind, message, reason = ranks.broadcast(failure, source=first)
+        failure = None if isinstance(outcome, Loaded) else _failure(path, outcome)
+        damaged, kind, message = ranks.broadcast(failure, source=first)
         gone = ranks.broadcast(identity(path) != before if ranks.rank == 0 else None)
-        del outcome
         whose = f"rank {first}: " if ranks.num_ranks > 1 else ""
-        if issubclass(kind, OtherModelError | OtherVersionError):
+        if not damaged:
+            if ranks.rank == first and not isinstance(outcome, CheckpointError | Loaded):
+                raise outcome
             raise kind(f"{whose}{message}")
+        del outcome
         if gone:  # not damaged: deleted or replaced meanwhile, by a trainer that has a newer one
             rejected = []
             passed = set()
         else:
-            rejected.append(Rejected(path, f"{whose}{reason}"))
+            rejected.append(Rejected(path, f"{whose}{message}"))
             passed.add((name, before))
+
+
+def _failure(path: Path, error: Exception) -> tuple[bool, type[CheckpointError], str]:
+    """Whether the checkpoint is damaged, so that an older one may do; if not, what all ranks are to raise."""
+    if isinstance(error, OtherModelError | OtherVersionError):
+        return False, type(error), str(error)
+    if isinstance(error, CheckpointError):
+        return True, CheckpointError, reason_of(path, error)
+    return False, CheckpointError, f"checkpoint {path} cannot be loaded: {type(error).__name__}: {error}"
 
 
 def _candidate(

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from colossus.checkpoint import ProcessGroupRanks, Saver, load_newest_shards, save_shards
+from colossus.checkpoint import (
+    Box,
+    ProcessGroupRanks,
+    Saver,
+    load_newest_shards,
+    load_shards,
+    save,
+    save_shards,
+)
 from colossus.spec.run import Checkpoints
 
 from .layouts import SPLITS, assert_boxes, shards, wanted, whole_state
-from .processes import die_at_call, start
+from .processes import _anonymous_bytes, _PeakMemory, die_at_call, start
 
 Ranked = Callable[..., None]
 
@@ -97,3 +105,20 @@ def hold_an_attempt(said: Connection, rank: int, num_ranks: int, directory: Path
     saver.save(9, shards(whole_state(9), SPLITS["rows"], rank, num_ranks), {})
     said.send("writing")
     saver.wait()
+
+
+def load_parts_measured(said: Connection, directory: Path) -> None:
+    """Say by how much loading rows, columns, or a corner of 64 MiB raised the peak of anonymous memory."""
+    torch.set_num_threads(1)
+    shape = (2048, 8192)
+    path = save(directory, 1, {"model.w": torch.ones(shape)}, {}).path
+    growths = {}
+    for offsets, size in (((1000, 0), (256, 8192)), ((0, 500), (2048, 512)), ((1900, 8000), (96, 192))):
+        box = Box(shape, offsets, size, torch.float32)
+        load_shards(path, {"model.w": Box(shape, offsets, (1, 1), torch.float32)})
+        before = _anonymous_bytes()
+        with _PeakMemory() as memory:
+            loaded = load_shards(path, {"model.w": box})
+        assert float(loaded.tensors["model.w"].min()) == 1
+        growths[str(size)] = memory.peak_bytes - before
+    said.send(growths)

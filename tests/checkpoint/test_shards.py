@@ -18,6 +18,7 @@ from colossus.checkpoint import (
     load_newest,
     load_newest_shards,
     load_shards,
+    retire,
     save,
     save_shards,
     verify,
@@ -26,7 +27,9 @@ from colossus.checkpoint.load_shards import parts_to_read, touched_chunks
 from colossus.checkpoint.manifest import read_header
 from colossus.checkpoint.payload import HASHED_BYTES
 from colossus.errors import CheckpointError
+from colossus.spec.run import Checkpoints
 
+from .hugging_face_processes import in_process
 from .layouts import (
     SPLITS,
     ThreadRanks,
@@ -39,6 +42,7 @@ from .layouts import (
     wanted,
     whole_state,
 )
+from .rank_processes import load_parts_measured
 from .states import assert_same, leftovers
 
 STATE = whole_state(3)
@@ -311,6 +315,40 @@ def test_one_rank_that_wants_another_model_stops_all(tmp_path: Path) -> None:
 
     errors = on_threads(2, loaded)
     assert all("rank 1: " in str(error) and "is wanted" in str(error) for error in errors)
+
+
+def test_one_rank_without_memory_stops_all(tmp_path: Path) -> None:
+    save_split(tmp_path, 1, STATE, along(0), 2)
+
+    def loaded(ranks: ThreadRanks) -> Any:
+        boxes = wanted(STATE, along(0), ranks.rank, 2)
+        return load_newest_shards(tmp_path, Unlucky(boxes) if ranks.rank else boxes, ranks)
+
+    zeroth, first = on_threads(2, loaded)
+    assert isinstance(zeroth, CheckpointError)
+    assert "rank 1: " in str(zeroth)
+    assert "MemoryError: too little" in str(zeroth)
+    assert isinstance(first, MemoryError)
+
+
+class Unlucky(dict[str, Box]):
+    def __iter__(self) -> Any:
+        raise MemoryError("too little")
+
+
+def test_a_part_of_a_large_tensor_takes_memory_for_that_part(tmp_path: Path) -> None:
+    (growths,) = in_process(load_parts_measured, tmp_path)
+    assert all(growth < 24 << 20 for growth in growths.values()), growths  # of 64 MiB
+
+
+def test_retention_passes_over_one_with_a_missing_part(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_split(tmp_path, step, STATE, along(0), 3)
+    (tmp_path / "step-00000002/part-00001.json").unlink()
+    assert retire(tmp_path, 3, Checkpoints(keep_last=2)) == []
+    (tmp_path / "step-00000001/optimizer-00002.safetensors").unlink()
+    save_split(tmp_path, 4, STATE, along(0), 3)
+    assert retire(tmp_path, 4, Checkpoints(keep_last=2)) == [1, 2]
 
 
 def test_a_rank_that_cannot_write_is_named_at_once(tmp_path: Path) -> None:
