@@ -230,10 +230,14 @@ def run_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def with_plan(config: RunConfig, plan: Plan) -> RunConfig:
-    """The configuration with what a plan decides: the model, and the batch."""
+    """The configuration with what a plan decides: the model, and the batch; a tokenizer that is still to be trained
+    gets no more entries than the model has rows."""
     batch = Batch(sequences=plan.global_batch_sequences, sequence_tokens=plan.sequence_tokens)
     plain = {**_to_plain(config), "model": _to_plain(plan.model), "batch": _to_plain(batch)}
     plain.pop("plan", None)
+    tokenizer = config.data.tokenizer
+    if tokenizer.kind == "bpe" and tokenizer.vocab_size > plan.model.vocab_size:
+        plain["data"]["tokenizer"]["vocab_size"] = plan.model.vocab_size
     return validated(RunConfig, plain)
 
 

@@ -208,9 +208,17 @@ def _train(run: RunDirectory, plan: Plan, budget: Duration | None, device: str) 
 
 
 def _decisions(plan: Plan) -> list[Event]:
-    sizes = plan.layout.model_dump()
-    chosen = {what: getattr(plan, what, sizes.get(what, "")) for what in plan.reasons}
-    return [Decision(what=what, choice=str(chosen[what]), reason=why) for what, why in plan.reasons.items()]
+    """What was chosen and why; what differs by pool, for each."""
+
+    def chosen(what: str) -> str:
+        for holder in (plan, plan.layout):
+            if what in type(holder).model_fields:
+                return str(getattr(holder, what))
+        field = "micro_batch_sequences" if what == "micro_batch" else what
+        values = [str(getattr(pool, field)) for pool in plan.pools]
+        return values[0] if len(set(values)) == 1 else ", ".join(values)
+
+    return [Decision(what=what, choice=chosen(what), reason=why) for what, why in plan.reasons.items()]
 
 
 def rank_plan_of(config: RunConfig, plan: Plan, job: Job, rank: int, machine: Machine) -> RankPlan:

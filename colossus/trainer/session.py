@@ -241,7 +241,7 @@ class _Session:
             wall_s=time.perf_counter() - self.costs.started_s,
             cpu_s=progress.cpu_seconds,
             tokens_per_s=rate,
-            mfu=rate * flops / self.plan.machine.matmul_flops[self.plan.dtype],
+            mfu=rate * flops / self.plan.layout.num_ranks / self.plan.machine.matmul_flops[self.plan.dtype],
             train_loss=smooth(step.loss for step in steps)[-1] if steps else None,
             heldout_bits_per_byte=None if heldout is None else heldout.bits_per_byte,
             peak_rss_bytes=peak_rss_bytes(),
