@@ -1,10 +1,12 @@
 """Muon: momentum whose update is replaced by the nearest orthogonal matrix, for the matrices of a network."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from colossus.optim.rounding import round_stochastically
 
 Coefficients = tuple[float, float, float]
 
@@ -54,12 +56,66 @@ def orthogonalise(matrices: Tensor, coefficients: Sequence[Coefficients], dtype:
     return x.mT if tall else x
 
 
+class Piece(NamedTuple):
+    """Matrices of one parameter, from `first` up to `end`: all of a matrix that is alone, some of a stack of them.
+
+    Of each, the parameter may hold a part; `shape` is the whole's.
+    """
+
+    parameter: Tensor
+    first: int
+    end: int
+    shape: tuple[int, int]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """(count, rows, columns): what belongs to these matrices of a tensor of the parameter's shape; a view."""
+        return (tensor if tensor.dim() == 3 else tensor[None])[self.first : self.end]
+
+
+Orthogonalise = Callable[[Tensor], Tensor]
+"""From whole matrices (count, rows, columns) to their directions."""
+
+
+class Round(Protocol):
+    """Some of a step's matrices, those that are orthogonalised together."""
+
+    @property
+    def pieces(self) -> Sequence[Piece]: ...
+
+    def directions(self, updates: Iterator[Tensor], orthogonalise: Orthogonalise) -> Sequence[Tensor]:
+        """Of each piece, from its update; both are (count, rows, columns) of what is here."""
+        ...
+
+
+Rounds = Callable[[Sequence[Tensor]], Iterable[Round]]
+"""Deals matrices out over rounds, and over ranks where each holds a part of them."""
+
+
+class _OfOneShape(NamedTuple):
+    pieces: list[Piece]
+
+    def directions(self, updates: Iterator[Tensor], orthogonalise: Orthogonalise) -> Sequence[Tensor]:
+        counts = [piece.end - piece.first for piece in self.pieces]
+        return orthogonalise(torch.cat(list(updates))).split(counts)
+
+
+def by_shape(parameters: Sequence[Tensor]) -> Iterable[Round]:
+    """Whole matrices on one process: a round for each shape. On small models the calls, and not the arithmetic, are
+    what costs."""
+    rounds: dict[torch.Size, _OfOneShape] = {}
+    for parameter in parameters:
+        count = parameter.shape[0] if parameter.dim() == 3 else 1
+        piece = Piece(parameter, 0, count, tuple(parameter.shape[-2:]))
+        rounds.setdefault(parameter.shape, _OfOneShape([])).pieces.append(piece)
+    return rounds.values()
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, for matrices, and for stacks of them: one for each expert.
 
-    The update of a (rows, columns) matrix is scaled by √max(1, rows/columns), so that its effect on outputs
-    does not depend on its shape. Matrices of one shape are orthogonalised together in one batched matmul: on
-    small models the calls, and not the arithmetic, are what costs.
+    The update of a (rows, columns) matrix is scaled by √max(1, rows/columns), so that its effect on outputs does not
+    depend on its shape. `rounds` says which matrices are orthogonalised together, and where. `state_dtype` is what
+    momentum is kept in, float32 or bfloat16.
     """
 
     def __init__(
@@ -71,10 +127,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         coefficients: Sequence[Coefficients] = POLAR_EXPRESS,
         dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
+        rounds: Rounds = by_shape,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.coefficients = tuple(coefficients)
-        self.dtype = dtype
+        self.dtype, self.state_dtype = dtype, state_dtype
+        self._rounds = rounds
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dim() not in (2, 3):
@@ -85,24 +144,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                updates = torch.stack(
-                    [self._momentum(parameter, group["momentum"]) for parameter in parameters]
-                )
-                matrices = updates.view(-1, *shape[-2:])
-                directions = orthogonalise(matrices, self.coefficients, self.dtype).view(updates.shape)
-                step_size = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
-                for parameter, direction in zip(parameters, directions, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(direction, alpha=-step_size)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                self._begin(parameter)
+            for one in self._rounds(parameters):
+                # Made as they are asked for: no more of them live at once than the round needs.
+                updates = (self._update(piece, group["momentum"]) for piece in one.pieces)
+                directions = one.directions(updates, self._orthogonalise)
+                for piece, direction in zip(one.pieces, directions, strict=True):
+                    rows, columns = piece.shape
+                    weights = piece.of(piece.parameter)
+                    weights.mul_(1 - group["lr"] * group["weight_decay"])
+                    weights.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+    def _begin(self, parameter: Tensor) -> None:
         state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter, dtype=self.state_dtype)
+        if state["momentum"].dtype == torch.bfloat16:
+            state["step"] = state.get("step", torch.zeros((), device=parameter.device)) + 1
+
+    def _update(self, piece: Piece, momentum: float) -> Tensor:
+        """Moves the momentum; what is to be orthogonalised, in the dtype in which it will be."""
+        state = self.state[piece.parameter]
+        gradient, average = piece.of(piece.parameter.grad), piece.of(state["momentum"])
+        if average.dtype == torch.bfloat16:
+            kept, average = average, average.float().lerp_(gradient, 1 - momentum)
+            kept.copy_(round_stochastically(average, state["step"]))
+        else:
+            average.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum).to(self.dtype)
+
+    def _orthogonalise(self, matrices: Tensor) -> Tensor:
+        return orthogonalise(matrices, self.coefficients, self.dtype)

@@ -16,8 +16,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from colossus.spec.layout import Group
 
 # Named otherwise from torch 2.13 on.
-_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ def own_part(x: Tensor, dim: int, team: Team | None) -> Tensor:
 @torch.library.custom_op("colossus::all_gather", mutates_args=())
 def _all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     made = x.new_empty(size, *x.shape)
-    _all_gather_into(made.flatten(0, 1) if x.dim() else made, x.contiguous(), group=_resolve_process_group(group))
+    all_gather_into(
+        made.flatten(0, 1) if x.dim() else made, x.contiguous(), group=_resolve_process_group(group)
+    )
     return made.flatten(0, 1) if dim == 0 else made.movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
 
@@ -84,7 +86,7 @@ def _all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 def _reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
     made = x.new_empty(parts.shape[1:])
-    _reduce_scatter_into(made, parts.flatten(0, 1), group=_resolve_process_group(group))
+    reduce_scatter_into(made, parts.flatten(0, 1), group=_resolve_process_group(group))
     return made
 
 

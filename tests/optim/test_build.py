@@ -10,8 +10,8 @@ from colossus.optim import (
     Balancing,
     Muon,
     RowAdagrad,
-    build_optimizers,
     gradient_norm,
+    optimizers_of,
     scale_gradients,
     set_learning_rates,
 )
@@ -55,7 +55,7 @@ def test_each_parameter_is_in_one_group_by_its_role(spec: ModelSpec, config: Ada
     model = build(spec, seed=0)
     groups = [
         (parameter, type(optimizer), group["lr"], group.get("weight_decay"))
-        for optimizer in build_optimizers(model, spec, config, balancing_step=0.003)
+        for optimizer in optimizers_of(model, spec, config, balancing_step=0.003)
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]
@@ -69,13 +69,13 @@ def test_each_parameter_is_in_one_group_by_its_role(spec: ModelSpec, config: Ada
 
 def test_rates_that_are_not_given_are_the_general_one() -> None:
     spec = tiny()
-    (adamw,) = build_optimizers(build(spec, seed=0), spec, AdamW(learning_rate=0.7))
+    (adamw,) = optimizers_of(build(spec, seed=0), spec, AdamW(learning_rate=0.7))
     assert {group["lr"] for group in adamw.param_groups} == {0.7}
 
 
 def test_learning_rates_are_multiples_of_their_peaks() -> None:
     spec = tiny()
-    optimizers = build_optimizers(build(spec, seed=0), spec, MUON)
+    optimizers = optimizers_of(build(spec, seed=0), spec, MUON)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     for multiplier in (0.5, 0.1, 1.0):  # not of the one before
         set_learning_rates(optimizers, multiplier)
@@ -106,7 +106,7 @@ def test_clipping_is_torchs_of_the_dense_gradient(largest: float) -> None:
     norm = gradient_norm(model)
     assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
     if norm > largest:
-        scale_gradients(model, largest / norm)
+        scale_gradients(model.parameters(), largest / norm)
     for (name, parameter), reference in zip(model.named_parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad.to_dense(), reference.grad, rtol=1e-5, atol=1e-9, msg=name)
 
@@ -126,5 +126,5 @@ def test_parameters_without_gradients_count_for_nothing() -> None:
     dense.final_norm.weight.grad = None
     expected = torch.nn.utils.get_total_norm([p.grad for p in dense.parameters() if p.grad is not None])
     assert gradient_norm(model).item() == pytest.approx(expected.item(), rel=1e-6)
-    scale_gradients(model, torch.tensor(0.5))
+    scale_gradients(model.parameters(), torch.tensor(0.5))
     assert gradient_norm(model).item() == pytest.approx(expected.item() / 2, rel=1e-6)
