@@ -376,3 +376,21 @@ def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
         path = save_split(tmp_path, 5, whole_state(seed), SPLITS["both"], 2 * seed)
     assert [c.path.name for c in list_checkpoints(tmp_path)] == ["step-00000005"]
     assert_same(load(path).tensors, whole_state(2))
+
+
+def test_ranks_with_nothing_or_only_a_scalar(tmp_path: Path) -> None:
+    held: list[dict[str, Tensor | Shard]] = [
+        {},
+        {"optimizer.step": torch.tensor(7)},
+        {"model.w": torch.arange(6.0).view(2, 3)},
+    ]
+    results = on_threads(3, lambda ranks: save_shards(tmp_path, 1, held[ranks.rank], {}, ranks, timeout_s=20))
+    path = results[0].path
+    assert_same(dict(load(path).tensors), {"optimizer.step": torch.tensor(7), "model.w": held[2]["model.w"]})
+    assert load_shards(path, {}).tensors == {}
+    assert [result.num_bytes > 0 for result in results] == [True, True, True]
+
+
+def test_a_group_of_no_tensors(tmp_path: Path) -> None:
+    path = on_threads(2, lambda ranks: save_shards(tmp_path, 1, {}, {"a": 1}, ranks, timeout_s=20))[0].path
+    assert (dict(load(path).tensors), load(path).facts, verify(path)) == ({}, {"a": 1}, [])
