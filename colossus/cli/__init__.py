@@ -11,6 +11,7 @@ from colossus.cli import (
     calibrate,
     chat,
     data,
+    doctor,
     evaluate,
     export,
     fleet,
@@ -43,6 +44,7 @@ app.command("explain", epilog=plan.EXPLAIN_EPILOG)(plan.explain)
 app.command("compare", epilog=plan.COMPARE_EPILOG)(plan.compare)
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("chat", epilog=chat.EPILOG)(chat.chat)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)

@@ -3,7 +3,9 @@
     colossus-200k                   a named fleet
     h100:4096                       4,096 H100 in the nodes they usually come in
     h100:150000+h200:50000          two pools; the numbers count chips, the names are of chips or nodes
-    my-fleet.toml                   name, fabric, site, and [[pool]] with node and count (of nodes)
+    my-fleet.toml                   name, fabric, site, and [[pool]] with node and count (of nodes); chips and nodes
+                                    of its own in [chip.NAME] and [node.NAME], as in chips.toml and nodes.toml here,
+                                    a fabric or site of its own in [fabric] and [site]
 
 Where fabric or site are not said, the fleet's note says what was taken for them.
 """
@@ -12,7 +14,7 @@ import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -20,9 +22,11 @@ from colossus.errors import ConfigError, did_you_mean
 from colossus.hardware import catalog
 from colossus.spec.base import Frozen
 from colossus.spec.explain import explain
-from colossus.spec.fleet import Fabric, Fleet, Node, Pool
+from colossus.spec.fleet import Chip, Fabric, Fleet, Node, Pool, Site, Sourced
 from colossus.spec.model import Positive
 from colossus.units import parse_number
+
+Made = TypeVar("Made", bound=Sourced)
 
 _DEFAULT_SITE = "us-average"
 _MAX_FILE_BYTES = 1_000_000
@@ -41,9 +45,13 @@ class FleetTable(Frozen):
     """A fleet's file."""
 
     name: str | None = None
-    fabric: str | None = None
-    site: str | None = None
+    fabric: str | dict[str, Any] | None = None
+    """A name of the catalog's, or an entry of the fleet's own; `site` too."""
+    site: str | dict[str, Any] | None = None
     note: str = ""
+    chip: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Chips of the fleet's own by name, as the catalog writes them."""
+    node: dict[str, dict[str, Any]] = Field(default_factory=dict)
     pool: Annotated[tuple[PoolTable, ...], Field(strict=False, min_length=1)]
 
 
@@ -156,25 +164,43 @@ def _is_path(text: str) -> bool:
 
 def _from_file(path: Path) -> Fleet:
     table = _read(path)
-    pools = [Pool(node=_node_in(path, pool.node), num_nodes=pool.count) for pool in table.pool]
     try:
+        pools = [Pool(node=_node_in(table, pool.node), num_nodes=pool.count) for pool in table.pool]
         return _fleet(
             name=table.name or path.stem,
             pools=pools,
             source=f"{path}",
-            fabric=table.fabric,
-            site=table.site,
+            fabric=_own(Fabric, "fabric", table.fabric),
+            site=_own(Site, "site", table.site),
             note=table.note,
         )
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _node_in(path: Path, name: str) -> Node:
-    try:
+def _node_in(table: FleetTable, name: str) -> Node:
+    """The file's own node of that name, or the catalog's."""
+    if name not in table.node:
         return _node_named(name)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    entry = {"name": name, **table.node[name]}
+    chip = entry.get("chip")
+    if not isinstance(chip, str):
+        raise ConfigError(f"node {name}: chip must be the name of one, of the file's own or of the catalog")
+    own = {"name": chip, **table.chip[chip]} if chip in table.chip else None
+    found = catalog.chip(chip) if own is None else _entry(Chip, f"chip {chip}", own)
+    return _entry(Node, f"node {name}", {**entry, "chip": found})
+
+
+def _own(kind: type[Made], what: str, written: str | dict[str, Any] | None) -> Made | str | None:
+    """A name or nothing as it is; an entry as what it says."""
+    return _entry(kind, what, written) if isinstance(written, dict) else written
+
+
+def _entry(kind: type[Made], what: str, plain: dict[str, Any]) -> Made:
+    try:
+        return kind.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError(f"{what}: {'; '.join(explain(error, kind))}") from None
 
 
 def _read(path: Path) -> FleetTable:
@@ -209,13 +235,13 @@ def _fleet(
     name: str,
     pools: Sequence[Pool],
     source: str,
-    fabric: str | None = None,
-    site: str | None = None,
+    fabric: Fabric | str | None = None,
+    site: Site | str | None = None,
     note: str = "",
 ) -> Fleet:
     _refuse_twice(pools)
     taken: list[str] = []
-    chosen = catalog.fabric(fabric) if fabric is not None else _default_fabric(pools)
+    chosen = catalog.fabric(fabric) if isinstance(fabric, str) else fabric or _default_fabric(pools)
     if fabric is None:
         taken.append(f"fabric {chosen.name}, the usual one for its size and NICs")
     if site is None:
@@ -223,9 +249,8 @@ def _fleet(
         taken.append(f"site {site}")
     if taken:
         note = f"{note} Not said, and so taken: {'; '.join(taken)}.".strip()
-    made = Fleet(
-        name=name, pools=tuple(pools), fabric=chosen, site=catalog.site(site), source=source, note=note
-    )
+    place = catalog.site(site) if isinstance(site, str) else site
+    made = Fleet(name=name, pools=tuple(pools), fabric=chosen, site=place, source=source, note=note)
     made.check()
     return made
 

@@ -209,3 +209,69 @@ def test_hostile_files(write, content: str | bytes, parts: list[str]) -> None:
 
 def test_a_directory_is_no_fleet(tmp_path: Path) -> None:
     assert "it is no file, but a directory" in refused(str(tmp_path))
+
+
+# --- chips and nodes of its own ---
+
+OWN = """
+site = "memphis"
+
+[fabric]
+name = "ring"
+kind = "ethernet"
+switch_ports = 8
+efficiency = 0.8
+tiers = [{ name = "switch", num_chips = 64, latency_s = 20e-6 }]
+source = "assumed"
+
+[[pool]]
+node = "box"
+count = 2
+
+[[pool]]
+node = "hgx-h200"
+count = 1
+
+[node.box]
+chip = "mine"
+num_chips = 4
+scale_up_chips = 4
+scale_up_bandwidth = 1e9
+nic_bandwidth = 1e8
+power_watts = 300.0
+source = "the label"
+
+[chip.mine]
+generation = "cpu"
+peak_flops = { float32 = 1e12 }
+memory_bytes = 8_000_000_000
+memory_bandwidth = 3e10
+num_cores = 8
+power_watts = 65.0
+idle_watts = 10.0
+source = "the label"
+"""
+
+
+def test_a_file_may_have_chips_nodes_and_a_fabric_of_its_own(write) -> None:
+    found = parse_fleet(write(OWN))
+    assert [pool.node.name for pool in found.pools] == ["box", "hgx-h200"]
+    assert (found.pools[0].chip.name, found.pools[0].chip.peak_flops) == ("mine", {"float32": 1e12})
+    assert (found.fabric.name, found.site.name) == ("ring", "memphis")
+    assert parse_fleet(write(OWN.replace('chip = "mine"', 'chip = "h200"'))).pools[0].chip.name == "h200"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('source = "the label"\n\n[chip', "\n[chip", "node box: source"),
+        ("num_cores = 8", "num_cores = 0", "chip mine: num_cores"),
+        ("idle_watts = 10.0", "idle_watts = 10.0\ncolour = 'red'", "chip mine: unknown key 'colour'"),
+        ('chip = "mine"', "chip = 7", "chip must be the name"),
+        ("efficiency = 0.8", "efficiency = 8", "fabric: efficiency"),
+        ('node = "box"', 'node = "bx"', "no chip or node 'bx'"),
+    ],
+)
+def test_what_is_wrong_with_them_is_told_with_where(write, old: str, new: str, says: str) -> None:
+    assert old in OWN
+    assert says in refused(write(OWN.replace(old, new, 1)))

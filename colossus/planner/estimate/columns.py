@@ -30,7 +30,7 @@ class Columns:
         return cls(
             **{
                 field.name: np.array([float(getattr(record, field.name)) for record in records])
-                if np.size(value := getattr(records[0], field.name)) and isinstance(value, (np.ndarray, float, int))
+                if isinstance(value := getattr(records[0], field.name), (np.ndarray, np.generic, float, int))
                 else value
                 for field in fields(cls)
             }

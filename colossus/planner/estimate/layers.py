@@ -239,9 +239,11 @@ def _experts(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware,
 
 
 def _attention(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants) -> Passes:
+    # What one kernel sees at once: a rank's queries with one rank's keys. A measured chip's curves hold whole squares.
+    kernel = x.sequence / x.cp if hardware.measured is None else x.sequence
     forward, backward = attention_s(
         tokens,
-        x.sequence / x.cp,  # what one kernel sees at once: a rank's queries with one rank's keys
+        kernel,
         attended_keys(shape, x.sequence),
         shape.query / x.tp,
         shape.attended / x.tp,

@@ -155,7 +155,9 @@ def with_measured(values: Mapping[str, float], chip: Chip) -> Mapping[str, float
 
 def fitted_law(points: list[MeasuredMatmul]) -> Law:
     """The law with the least squared relative error, none of its three numbers below 0."""
-    terms = np.array([[p.flops, _bytes(p.tokens, p.outputs, p.inputs, ITEMSIZE[p.dtype]), 1.0] for p in points])
+    terms = np.array(
+        [[p.flops, _bytes(p.tokens, p.outputs, p.inputs, ITEMSIZE[p.dtype]), 1.0] for p in points]
+    )
     relative = terms / np.array([p.seconds for p in points])[:, None]
     best, least = np.zeros(3), np.inf
     for count in (1, 2, 3):
@@ -171,15 +173,15 @@ def fitted_law(points: list[MeasuredMatmul]) -> Law:
 
 
 def law_errors(points: list[MeasuredMatmul]) -> npt.NDArray[np.float64]:
-    """Relative errors of the law fitted to these points."""
+    """Relative errors of the law fitted to these points, which are of one dtype."""
     law = fitted_law(points)
-    return np.array(
-        [
-            float(_law_s(law, *(np.asarray(float(n)) for n in (p.tokens, p.outputs, p.inputs)), ITEMSIZE[p.dtype]))
-            / p.seconds
-            - 1.0
-            for p in points
-        ]
+    tokens, outputs, inputs = (
+        np.array([float(getattr(p, name)) for p in points]) for name in ("tokens", "outputs", "inputs")
+    )
+    return (
+        _law_s(law, tokens, outputs, inputs, ITEMSIZE[points[0].dtype])
+        / np.array([p.seconds for p in points])
+        - 1.0
     )
 
 
@@ -229,7 +231,7 @@ def _attention_s(
         low = np.broadcast_to(low, shape)
         high = np.minimum(low + 1, len(places) - 1)
         share = np.broadcast_to(place, shape) - low
-        pick = lambda i: np.take_along_axis(stacked, i[None], 0)[0]  # noqa: E731
-        return np.asarray(np.exp(pick(low) * (1 - share) + pick(high) * share))
+        below, above = (np.take_along_axis(stacked, i[None], 0)[0] for i in (low, high))
+        return np.asarray(np.exp(below * (1 - share) + above * share))
 
     return between(keys, sequences, lambda s: between(head_dim, sizes, lambda d: seconds(s, d)))

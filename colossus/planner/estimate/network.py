@@ -41,7 +41,9 @@ def ring_s(size_bytes: Array, size: Array, stride: Array, hardware: Hardware, co
     """
     size = np.maximum(size, 1.0)
     inside = members_inside(size, stride, hardware)
-    if (measured := _measured_s(("reduce_scatter", "all_gather"), size_bytes, size, inside, hardware)) is not None:
+    if (
+        measured := _measured_s(("reduce_scatter", "all_gather"), size_bytes, size, inside, hardware)
+    ) is not None:
         return measured
     moved = size_bytes * (size - 1.0) / size
     within_s = moved / (hardware.scale_up_bandwidth * constants.scale_up)
