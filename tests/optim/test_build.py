@@ -10,6 +10,7 @@ from colossus.optim import (
     Balancing,
     Muon,
     RowAdagrad,
+    build_optimizers,
     gradient_norm,
     optimizers_of,
     scale_gradients,
@@ -81,6 +82,34 @@ def test_learning_rates_are_multiples_of_their_peaks() -> None:
         set_learning_rates(optimizers, multiplier)
         rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         assert rates == [peak * multiplier for peak in peaks]
+
+
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=lambda config: config.kind)
+def test_some_of_a_models_parameters_will_do(config: AdamW | MuonConfig) -> None:
+    """Those of a pipeline's stage: roles that do not occur there get no optimizer."""
+    spec = tiny()
+    model = build(spec, seed=0)
+    specs = {parameter.name: parameter for parameter in spec.parameters()}
+    parameters = {name: p for name, p in model.named_parameters() if name.startswith("final_norm")}
+    (only,) = build_optimizers(parameters, specs, config)
+    assert [p for group in only.param_groups for p in group["params"]] == [model.final_norm.weight]
+
+
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=lambda config: config.kind)
+def test_averages_are_kept_as_asked(config: AdamW | MuonConfig) -> None:
+    model, _ = model_with_gradients()
+    optimizers = optimizers_of(model, model.spec, config, state_dtype=torch.bfloat16)
+    for optimizer in optimizers:
+        optimizer.step()
+    kept = {
+        (key, value.dtype)
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if value.dim()
+    }
+    averages = {"exp_avg", "exp_avg_sq"} | ({"momentum"} if config is MUON else set())
+    assert kept == {(name, torch.bfloat16) for name in averages} | {("square_sum", torch.float32)}
 
 
 # --- the gradient's norm ---

@@ -186,3 +186,14 @@ def test_a_stack_is_updated_as_its_matrices_are() -> None:
         together.step()
         one_by_one.step()
     torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in apart]), rtol=1e-5, atol=1e-6)
+
+
+def test_momentum_in_bfloat16_stays_near() -> None:
+    narrow, wide = start(), start()
+    settings = {"lr": 0.05, "momentum": 0.95}
+    optimizer = Muon(narrow, state_dtype=torch.bfloat16, **settings)
+    run(optimizer, narrow, 10)
+    run(Muon(wide, **settings), wide, 10)
+    assert all(optimizer.state[p]["momentum"].dtype == torch.bfloat16 for p in narrow)
+    for one, other, first in zip(narrow, wide, start(), strict=True):
+        assert 0 < (one - other).norm() < 0.03 * (other - first).norm()

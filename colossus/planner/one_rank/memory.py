@@ -147,7 +147,7 @@ def _optimizer_work_bytes(config: RunConfig, dtype: Dtype) -> int:
     work = 0
     for (*stack, rows, columns), num_parameters in counts.items():
         count = num_parameters * math.prod(stack)
-        updates = 4 * count * rows * columns
+        updates = element * count * rows * columns
         iterates, grams = 2 * element * count * rows * columns, 2 * element * count * min(rows, columns) ** 2
         # The updates are made one by one, then stacked.
         work = max(work, updates + max(updates, iterates + grams))
