@@ -1,5 +1,5 @@
-"""What turns gradients into updates: AdamW (torch's, or with averages in bfloat16), Muon, row-wise Adagrad, balancing of
-experts; and learning-rate schedules."""
+"""What turns gradients into updates: AdamW (torch's, or with averages in bfloat16), Muon, row-wise Adagrad, balancing
+of experts; and learning-rate schedules."""
 
 from colossus.optim.adamw import NarrowAdamW
 from colossus.optim.balancing import Balancing
