@@ -72,9 +72,7 @@ def weak(num_ranks: int) -> Shapes:
 
 
 def fixed(_: int) -> Shapes:
-    return with_moments(
-        {parameter.name: parameter.shape for parameter in find("llama3-8b").parameters()}
-    )
+    return with_moments({parameter.name: parameter.shape for parameter in find("llama3-8b").parameters()})
 
 
 def rows(shapes: Shapes, rank: int, num_ranks: int) -> dict[str, Box]:
