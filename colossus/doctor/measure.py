@@ -254,6 +254,13 @@ def _accumulate(records: Records, dtype: torch.dtype, size: int) -> Made:
     return run, 1
 
 
+def _head_gradient(records: Records, dtype: torch.dtype, size: int) -> Made:
+    """As the loss adds a chunk's: a sum of two dtypes takes longer than one of float32 alone."""
+    turns = _turns(records, 8 * size)
+    turn = _endless([(_random(records, size), _random(records, size, dtype=dtype)) for _ in range(turns)])
+    return partial(_next_of, Tensor.add_, turn), 1
+
+
 def _embedding(records: Records, dtype: torch.dtype, size: int) -> Made:
     """A table of few rows: what its own size costs is the gradient's addition."""
     table = _random(records, 1024, WIDTH).requires_grad_()
@@ -311,6 +318,7 @@ _OPERATIONS: dict[str, Callable[[Records, torch.dtype, int], Made]] = {
     "add": _add,
     "cast": _cast,
     "accumulate": _accumulate,
+    "head_gradient": _head_gradient,
     "embedding": _embedding,
     "loss": _loss,
     "visibility": _visibility,

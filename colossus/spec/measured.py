@@ -16,13 +16,15 @@ Product = Literal["forward", "input_gradient", "weight_gradient"]
 """The three products of a linear layer: input · weightᵀ, gradient · weight, gradientᵀ · input."""
 Operation = (
     Literal[
-        "norm", "layer_norm", "rotation", "add", "cast", "accumulate", "embedding", "loss", "visibility", "optimizer",
+        "norm", "layer_norm", "rotation", "add", "cast", "accumulate", "head_gradient",
+        "embedding", "loss", "visibility", "optimizer",
     ]
     | Activation
 )  # fmt: skip
 """What passes over elements, forward and backward: a norm, a rotation of queries or keys, an activation (elements of
 one of its inputs), a sum of two tensors (forward only), a weight's cast to the matmuls' dtype and its gradient's cast
-back, a gradient's addition to those of earlier micro-batches, a look-up of embeddings, the loss without its matmuls
+back, a gradient's addition to those of earlier micro-batches, a head's gradient's (in the matmuls' dtype) to
+those of earlier chunks of the loss, a look-up of embeddings, the loss without its matmuls
 (elements: logits), who sees whom (query-key pairs), a step of AdamW and the gradient's norm (elements: weights)."""
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
@@ -124,7 +126,8 @@ class Measured(Frozen):
 
 
 NEEDED: tuple[Operation, ...] = (
-    "norm", "layer_norm", "rotation", "add", "cast", "accumulate", "embedding", "loss", "visibility", "optimizer",
+    "norm", "layer_norm", "rotation", "add", "cast", "accumulate", "head_gradient",
+    "embedding", "loss", "visibility", "optimizer",
     "swiglu", "geglu", "gelu", "squared_relu", "clamped_swiglu",
 )  # fmt: skip
 """Operations that must be measured for each dtype."""

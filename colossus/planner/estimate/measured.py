@@ -178,11 +178,8 @@ def law_errors(points: list[MeasuredMatmul]) -> npt.NDArray[np.float64]:
     tokens, outputs, inputs = (
         np.array([float(getattr(p, name)) for p in points]) for name in ("tokens", "outputs", "inputs")
     )
-    return (
-        _law_s(law, tokens, outputs, inputs, ITEMSIZE[points[0].dtype])
-        / np.array([p.seconds for p in points])
-        - 1.0
-    )
+    took = np.array([p.seconds for p in points])
+    return np.asarray(_law_s(law, tokens, outputs, inputs, ITEMSIZE[points[0].dtype]) / took - 1.0)
 
 
 def _bytes(tokens: Array | float, outputs: Array | float, inputs: Array | float, itemsize: float) -> Array:

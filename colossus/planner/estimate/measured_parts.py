@@ -64,12 +64,12 @@ def measured_loss_s(
     chunks = tokens / chunk
     weights = vocabulary * shape.hidden
     forward, backward = rates.linear_s(chunk, vocabulary, shape.hidden, 1.0, dtype)
-    added = rates.operation_s("accumulate", weights, dtype)
+    added = rates.operation_s("head_gradient", weights, dtype)
     return np.asarray(
         chunks * (forward + backward + added)
         + rates.operation_s("loss", tokens * vocabulary, dtype)
         + rates.operation_s("cast", weights, dtype)
-        + added  # scaled, once all chunks are there
+        + rates.operation_s("accumulate", weights, dtype)  # scaled, once all chunks are there
     )
 
 
