@@ -22,7 +22,7 @@ from colossus.spec.sharding import Placement
 
 ROUND_ELEMENTS: Final = 2**26
 """Whole matrices that a rank orthogonalises at a time, and parts that it sends for it: 256 MiB each in float32. Fewer,
-larger rounds keep all ranks busier and use more memory. A single matrix may be larger."""
+larger rounds keep all ranks busier and use more memory. Where a single matrix has more, as many as that has."""
 
 
 # --- Muon: parts come together as whole matrices, and directions go back ---
@@ -139,7 +139,7 @@ def deal(matrices: Sequence[Matrix], team_sizes: Sequence[int], round_elements: 
     """Rounds, in each of which every rank orthogonalises about as much as any other; the same on all ranks.
 
     The most expensive first, each to the rank that has least to do; then each round takes from the front of all ranks'
-    queues, until one has `round_elements` of whole matrices, or of parts that it holds.
+    queues, until one has `round_elements` of whole matrices, or of parts that it holds, or what the largest matrix has.
     """
     num_ranks = math.prod(team_sizes)
     least_busy = [(0, rank) for rank in range(num_ranks)]
@@ -151,12 +151,14 @@ def deal(matrices: Sequence[Matrix], team_sizes: Sequence[int], round_elements: 
 
     rounds: list[list[tuple[int, int]]] = [[]]
     whole, held = [0] * num_ranks, 0
+    # Matrices beyond the limit are still dealt one to each rank, and not one to a round.
+    limit = max([round_elements, *(math.prod(matrix.shape) for matrix in matrices)])
     for wave in zip_longest(*queues):
         for rank, i in enumerate(wave):
             if i is None:
                 continue
             num_whole, num_held = math.prod(matrices[i].shape), matrices[i].num_held
-            if rounds[-1] and max(whole[rank] + num_whole, held + num_held) > round_elements:
+            if rounds[-1] and max(whole[rank] + num_whole, held + num_held) > limit:
                 rounds.append([])
                 whole, held = [0] * num_ranks, 0
             rounds[-1].append((i, rank))
