@@ -1,13 +1,10 @@
 """One step, and a few, of small models under any layout: `gradients(case)`, compared with one process's."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from colossus.data import Batch
-from colossus.models import RouterLosses, build
 from colossus.spec.job import Job, Share
 from colossus.spec.layout import Layout
 from colossus.spec.model import (

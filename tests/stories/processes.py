@@ -193,10 +193,10 @@ def _main(arguments: tuple[str, ...], output: Path, before: Callable[[], None] |
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     from colossus.cli import main
-    from colossus.trainer import run
+    from colossus.trainer import session
 
     if not draws:
-        run.write_curves = lambda *arguments, **named: None
+        session.write_curves = lambda *arguments, **named: None
     sys.argv = ["colossus", *arguments]
     if before is not None:
         before()
