@@ -28,7 +28,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = hidden.dtype
         head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
-        grad_head = torch.zeros_like(weight) if wants_gradient else None
+        # Added up in float32 also where the weight has been gathered in bfloat16.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_head = torch.zeros_like(weight, dtype=wide) if wants_gradient else None
         objective = hidden.new_zeros((), dtype=torch.float32)
         loss = objective.clone()
         row_starts = torch.arange(chunk_tokens, device=hidden.device) * weight.shape[0]
@@ -67,10 +69,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if multiplier != 1:
                 gradient *= multiplier
             gradient = gradient.to(dtype)
+            del logits, probabilities, of_z_loss  # else they stay while the next chunk's are made
             torch.mm(gradient, head, out=grad_hidden[here])
             grad_head += gradient.t() @ chunk
+            del gradient
         ctx.mark_non_differentiable(loss)
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(weight.dtype))
         return objective, loss
 
     @staticmethod

@@ -34,10 +34,12 @@ class Deferred:
     def put(self, make: Callable[[], None]) -> None:
         self._waiting[-1].append(make)
 
+    @torch.no_grad()
     def make_oldest(self) -> None:
-        """Makes those of the backward pass that waits longest."""
-        for make in self._waiting.popleft():
-            make()
+        """Makes those of the backward pass that waits longest, and lets go of what each was made from."""
+        waiting = deque(self._waiting.popleft())
+        while waiting:
+            waiting.popleft()()
 
 
 def defer_weight_gradients(model: Decoder, deferred: Deferred) -> None:

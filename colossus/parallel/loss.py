@@ -52,10 +52,11 @@ class _ParallelCrossEntropy(torch.autograd.Function):
                 else logits.new_full((len(chunk), 1), -torch.inf)
             )
             dist.all_reduce(top, dist.ReduceOp.MAX, group=team.process_group)
-            exponents = torch.exp(logits.sub_(top))
+            logits.sub_(top)
             of_target = (logits.gather(1, target) if head.shape[0] else torch.zeros_like(top)).masked_fill(
                 ~is_here, 0
             )
+            exponents = logits.exp_()
             sums = torch.cat([exponents.sum(-1, keepdim=True), of_target], -1)
             dist.all_reduce(sums, group=team.process_group)
             partition, of_target = sums[:, :1], sums[:, 1:]
@@ -79,8 +80,16 @@ class _ParallelCrossEntropy(torch.autograd.Function):
             if multiplier != 1:
                 gradient *= multiplier
             gradient = gradient.to(dtype)
+            del (
+                logits,
+                exponents,
+                probabilities,
+                of_z_loss,
+                squashed,
+            )  # else they stay while the next ones are made
             torch.mm(gradient, head, out=grad_hidden[here])
             grad_head += gradient.t() @ chunk
+            del gradient
         ctx.mark_non_differentiable(loss)
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(weight.dtype))
         return objective, loss

@@ -127,10 +127,7 @@ class MemoryTracer(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its operators on local tensors come by again
         made = func(*args, **(kwargs or {}))
-        if torch._C._current_graph_task_id() == -1:
-            phase = self.phase
-        else:
-            phase = "workspace"
+        phase = self.phase if torch._C._current_graph_task_id() == -1 else "workspace"
         if func.namespace in ("_c10d_functional", "c10d", "fsdp"):
             phase = "gathered"
         for tensor in tree_leaves(made):
