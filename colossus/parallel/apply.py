@@ -5,11 +5,12 @@ In this order, and why:
  1. build on the meta device: no memory, whatever the size
  2. cut the pipeline: keep this rank's stages, so that all that follows is small
  3. cut parameters to what this rank computes with: their shapes are the sharding table's
- 4. put off weight gradients, where the schedule wants it: innermost, around the matmul alone
- 5. tensor and expert parallelism: exchanges go around the modules that compute with parts
- 6. recompute: around the exchanges, which are made again with what they surround
- 7. compile each layer: around what is recomputed, since a compiled layer plans its own memory
- 8. shard what is kept (FSDP2): outermost, for it must see whole layers come and go
+ 4. FP8: the matmul itself; each operand row by row, so that no rank needs to know another's largest number
+ 5. put off weight gradients, where the schedule wants it: around the matmul alone
+ 6. tensor and expert parallelism: exchanges go around the modules that compute with parts
+ 7. recompute: around the exchanges, which are made again with what they surround
+ 8. compile each layer: around what is recomputed, since a compiled layer plans its own memory
+ 9. shard what is kept (FSDP2): outermost, for it must see whole layers come and go
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,14 @@ from torch.distributed.tensor import DTensor, Shard
 
 from colossus.models import Decoder
 from colossus.models.build import initial_values, reset_buffers
+from colossus.models.float8 import Float8Use, recipe_of, use_float8
 from colossus.models.moe import MixtureOfExperts
 from colossus.parallel.deferred import Deferred, defer_weight_gradients
 from colossus.parallel.expert import split_experts
 from colossus.parallel.mesh import Mesh
 from colossus.parallel.recompute import recompute_layer
 from colossus.parallel.tensor import split_tensors
+from colossus.spec.compose import ZERO_BUBBLE, check_job
 from colossus.spec.job import Job
 from colossus.spec.layout import Group
 from colossus.spec.model import ModelSpec
@@ -42,6 +45,8 @@ class Part:
 
     def __init__(self, stage: Stage, model: Decoder) -> None:
         self.stage, self.model, self.deferred = stage, model, Deferred()
+        self.float8: Float8Use | None = None
+        """Which matmuls run in FP8, and why the others do not."""
 
     @property
     def is_sharded(self) -> bool:
@@ -59,7 +64,9 @@ def apply(
     model: ModelSpec, job: Job, mesh: Mesh, *, dtype: torch.dtype, compiled: bool = False
 ) -> tuple[Part, ...]:
     """This rank's stages in order, without data yet. Raises ConfigError for what cannot be combined."""
+    check_job(model, job, compiled=compiled)
     table = table_of(model, job)
+    recipe = recipe_of(job.precision)
     recompute = job.share(mesh.rank).recompute
     parts = []
     for stage in job.stages:
@@ -70,7 +77,9 @@ def apply(
         part = Part(stage, decoder)
         _cut_pipeline(decoder, stage)
         _cut_parameters(decoder, table, mesh)
-        if job.schedule in ("zb-h1", "zbv", "dualpipev"):
+        if recipe is not None:
+            part.float8 = use_float8(decoder, recipe, device=mesh.device)
+        if job.schedule in ZERO_BUBBLE:
             defer_weight_gradients(decoder, part.deferred)
         if (tp := mesh.team("tp")) is not None:
             first_row = table.box("embedding.weight", mesh.rank, kept=False).offsets[0]
@@ -160,12 +169,13 @@ def _shard(model: Decoder, job: Job, mesh: Mesh, table: ShardingTable, dtype: to
 
 
 @torch.no_grad()
-def materialise(parts: tuple[Part, ...], table: ShardingTable, mesh: Mesh, seed: int) -> None:
-    """Memory on the mesh's device, and initial weights: functions of (seed, name), whatever the layout."""
+def materialise(parts: tuple[Part, ...], table: ShardingTable, mesh: Mesh, seed: int | None) -> None:
+    """Memory on the mesh's device, and initial weights: functions of (seed, name), whatever the layout. Without a seed
+    they are left as they come."""
     specs = {name: placement.parameter for name, placement in table.placements.items()}
     for part in parts:
         part.model.to_empty(device=mesh.device)
-        for name, parameter in part.model.named_parameters():
+        for name, parameter in part.model.named_parameters() if seed is not None else ():
             local = local_tensor(parameter)
             spec = replace(specs[name], name=name)
             local.copy_(initial_values(spec, seed, table.box(name, mesh.rank)))

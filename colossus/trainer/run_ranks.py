@@ -26,6 +26,7 @@ from colossus.observe.run_directory import RunDirectory
 from colossus.observe.summary import Summary
 from colossus.parallel.mesh import Mesh
 from colossus.planner.one_rank.plan import loss_chunk_tokens
+from colossus.spec.compose import ZERO_BUBBLE, check_job
 from colossus.spec.config import with_plan
 from colossus.spec.duration import Duration
 from colossus.spec.job import Job
@@ -60,6 +61,7 @@ def start_ranks(
     when a rank failed.
     """
     check_machine(plan)
+    check_job(plan.model, Job.of(plan), compiled=bool(config.fixed.compile))
     config = with_plan(config, plan)
     corpus = prepare_corpus(config, runs_directory, progress, Costs())
     open_reader(config, corpus)
@@ -82,6 +84,7 @@ def resume_ranks(
     """Goes on with a run from its newest good checkpoint, under its own plan or another one of the same model."""
     if plan is not None:
         check_machine(plan)
+        check_job(plan.model, Job.of(plan))
         config = run.config()
         if plan.model != config.model:
             raise ConfigError(f"the plan is for {plan.model.name}, and {run.path} trains {config.model.name}")
@@ -246,13 +249,20 @@ def rank_plan_of(config: RunConfig, plan: Plan, job: Job, rank: int, machine: Ma
         num_micro_batches=share.num_micro_batches,
         sequence_tokens=plan.sequence_tokens,
         dtype=dtype,
-        compile=machine.kind == "cuda" if config.fixed.compile is None else config.fixed.compile,
+        compile=_compiled(config, job, machine),
         loss_chunk_tokens=loss_chunk_tokens(config.model, tokens, machine.kind, tp=plan.layout.tp),
         estimate=RankEstimate(
             memory=memory, flops_per_step=flops, step_time_s=plan.estimate.step_time_s.likely
         ),
         reasons={},
     )
+
+
+def _compiled(config: RunConfig, job: Job, machine: Machine) -> bool:
+    """On GPUs, but where weight gradients are put off."""
+    if config.fixed.compile is not None:
+        return config.fixed.compile
+    return machine.kind == "cuda" and job.schedule not in ZERO_BUBBLE
 
 
 if __name__ == "__main__":

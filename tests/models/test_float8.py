@@ -480,7 +480,7 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_precisions_of_plans() -> None:
     assert recipe_of("bfloat16") is None
     assert recipe_of("float32") is None
-    assert recipe_of("fp8") == TENSORWISE
+    assert recipe_of("fp8") == ROWWISE
     for name in ("mxfp8", "nvfp4"):
         with pytest.raises(ConfigError, match=rf"'{name}'.*Blackwell.*fp8"):
             recipe_of(name)

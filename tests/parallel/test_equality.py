@@ -87,6 +87,7 @@ UNEQUAL = (
     Share(num_groups=1, micro_batch_sequences=1, num_micro_batches=3),
     Share(num_groups=1, micro_batch_sequences=2, num_micro_batches=2, recompute="full"),
 )
+UNEQUAL_PIPELINES = tuple(share.model_copy(update={"num_micro_batches": 4}) for share in UNEQUAL)
 Case = tuple[ModelSpec, dict[str, Any]]
 TWO: dict[str, Case] = {
     "one": (dense(), {}),
@@ -149,7 +150,7 @@ FOUR: dict[str, Case] = {
     "ep + tp": (GROK_LIKE, {"shard": 2, "tp": 2, "ep": 4, "sharding": "optimizer"}),
     "expert_tp + ep": (mixture(), {"shard": 2, "tp": 2, "expert_tp": 2, "ep": 2, "sharding": "weights"}),
     "replica + fsdp": (dense(), {"replica": 2, "shard": 2, "sharding": "weights"}),
-    "replica + pp, unequal": (dense(), {"replica": 2, "pp": 2, "shares": (UNEQUAL[0].model_copy(update={"num_micro_batches": 4}), UNEQUAL[1].model_copy(update={"num_micro_batches": 4}))}),
+    "replica + pp, unequal": (dense(), {"replica": 2, "pp": 2, "shares": UNEQUAL_PIPELINES}),
 }  # fmt: skip
 EIGHT: dict[str, Case] = {
     "ep + tp + pp": (GROK_LIKE, {"pp": 2, "shard": 2, "tp": 2, "ep": 4, "sharding": "optimizer"}),

@@ -15,6 +15,7 @@ from colossus.errors import ConfigError, did_you_mean
 from colossus.planner.estimate.columns import Array, Columns
 from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
 from colossus.planner.schedule.order import SCHEDULES
+from colossus.spec.compose import splits_over_tp
 from colossus.spec.fleet import Pool, Precision
 from colossus.spec.goal import Goal
 from colossus.spec.model import ModelSpec
@@ -122,7 +123,7 @@ def layouts(model: ModelSpec, pools: Sequence[Pool], goal: Goal, sequence: int, 
     rows: list[tuple[float, ...]] = []
     largest = max(pool.num_chips for pool in pools)
     for tp, pp, cp in _dense_axes(model, pools, sequence, largest, fixed):
-        for schedule, chunks in _schedules(model.num_layers, pp, fixed):
+        for schedule, chunks in _schedules(model.num_layers, pp, fixed, tied=model.tied_embeddings):
             for shard in _shards(largest // (tp * pp * cp), fixed):
                 if not all(_fills_nodes(tp * pp * cp * shard, pool) for pool in pools):
                     continue
@@ -179,6 +180,7 @@ def _dense_axes(
         if n <= domain
         and (attention.num_kv_heads % n == 0 or n % attention.num_kv_heads == 0)
         and all(pool.node.scale_up_chips % n == 0 for pool in pools)
+        and splits_over_tp(model, n)
     ]
     layers = model.num_layers
     stages = {*divisors(layers), *divisors(layers + 2), *powers_of_two(layers)}
@@ -188,7 +190,7 @@ def _dense_axes(
     for tp in _fix("tp", tps, fixed):
         for pp in _fix("pp", sorted(n for n in stages if n <= min(layers, MAX_STAGES)), fixed):
             for cp in _fix("cp", [n for n in contexts if sequence % (2 * n) == 0 or n == 1], fixed):
-                if tp * pp * cp <= largest:
+                if tp * pp * cp <= largest and sequence % (tp * cp) == 0:
                     yield tp, pp, cp
 
 
@@ -203,8 +205,8 @@ def _fix(name: str, values: list[int], fixed: dict[str, str]) -> list[int]:
     return [wanted]
 
 
-def _schedules(layers: int, pp: int, fixed: dict[str, str]) -> Iterator[tuple[int, int]]:
-    """(schedule, virtual stages per rank)."""
+def _schedules(layers: int, pp: int, fixed: dict[str, str], *, tied: bool) -> Iterator[tuple[int, int]]:
+    """(schedule, virtual stages per rank). V-shaped ones would have a tied embedding on one rank twice."""
 
     def even(chunks: int) -> bool:
         return layers % (pp * chunks) == 0 or (layers + 2) % (pp * chunks) == 0
@@ -215,7 +217,7 @@ def _schedules(layers: int, pp: int, fixed: dict[str, str]) -> Iterator[tuple[in
             shapes.append(("gpipe", 1))
         shapes += [("interleaved", v) for v in range(2, MAX_CHUNKS + 1) if pp * v <= layers + 2 and even(v)]
         if pp * 2 <= layers and even(2):
-            shapes += [("zbv", 2), ("dualpipev", 2)]
+            shapes += [] if tied else [("zbv", 2), ("dualpipev", 2)]
     for name, chunks in shapes:
         if fixed.get("schedule", name) == name and fixed.get("virtual_stages", str(chunks)) == str(chunks):
             yield SCHEDULES.index(name), chunks
