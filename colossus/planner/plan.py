@@ -172,6 +172,7 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         tokens=task.tokens,
         sequence_tokens=task.sequence,
         precision=PRECISIONS[int(layout.precision[0])],
+        optimizer_state="bfloat16" if task.goal.fixed.get("optimizer_state") == "bfloat16" else "float32",
         layout=Layout(replica=int(groups.sum()), **axes),
         expert_tp=int(layout.expert_tp[0]),
         context_exchange=_exchange(problem, layout, int(found.candidates.option[row, 0])),

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from colossus.spec.base import Frozen, Positive
 from colossus.spec.fleet import Precision
 from colossus.spec.layout import Layout
+from colossus.spec.model import Dtype
 from colossus.spec.plan import ContextExchange, Plan, Recompute, Schedule, Sharding
 from colossus.spec.stages import Stage, pipeline_stages
 
@@ -30,7 +31,7 @@ class Samples(NamedTuple):
     """Consecutive samples of a step: the first, counted from the step's own first, and how many."""
 
     first: int
-    count: int
+    num_sequences: int
 
 
 class Job(Frozen):
@@ -46,6 +47,7 @@ class Job(Frozen):
     """Layers of each pipeline rank."""
     sequence_tokens: Positive
     precision: Precision = "float32"
+    optimizer_state: Dtype = "float32"
     shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (Share(),)
     """Of the replica groups, in order: the first ones are the first pool's."""
 
@@ -92,8 +94,8 @@ class Job(Frozen):
         """Which samples of a step `rank` trains on, as do all ranks that differ from it in pp, cp and tp alone."""
         here = self.layout.coordinates(rank)
         before = sum(self._group_sequences[: here.replica])
-        count = self._share_of_groups[here.replica].rank_sequences
-        return Samples(before + here.shard * count, count)
+        num = self._share_of_groups[here.replica].rank_sequences
+        return Samples(before + here.shard * num, num)
 
     @property
     def _share_of_groups(self) -> list[Share]:

@@ -15,7 +15,7 @@ from colossus.spec.base import Frozen
 from colossus.spec.fleet import Fleet, NonNegative, Precision
 from colossus.spec.goal import Goal
 from colossus.spec.layout import Layout
-from colossus.spec.model import ModelSpec, Positive
+from colossus.spec.model import Dtype, ModelSpec, Positive
 from colossus.spec.ranged import Ranged
 
 Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"]
@@ -100,7 +100,9 @@ class Plan(Frozen):
     """Trained in the whole run."""
     sequence_tokens: Positive
     precision: Precision
-    """What most matmuls run in; master weights and optimizer state are float32."""
+    """What most matmuls run in; master weights are float32."""
+    optimizer_state: Dtype = "float32"
+    """What averages of gradients are kept in."""
     layout: Layout
     expert_tp: Positive = 1
     """Ranks that one expert is split over."""

@@ -1,7 +1,7 @@
 """One rank of many: its state, and how it does its part of a step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class RankState:
             loads=self.model.loads(),
             balancing_step=config.routing.balancing_step,
             dtype=DTYPES[plan.dtype],
+            state_dtype=DTYPES[job.optimizer_state],
             rounds=MatrixRounds(self.model.parameters, self.model.placements, mesh),
         )
         self._optimizers = {
@@ -120,7 +121,8 @@ class RankState:
             for key, kind in _STATE[type(self._optimizer_of(name)).__name__].items():
                 match kind:
                     case "like":
-                        boxes[f"optimizer.{name}.{key}"] = box
+                        state = replace(box, dtype=DTYPES[self.job.optimizer_state])
+                        boxes[f"optimizer.{name}.{key}"] = state
                     case "scalar":
                         boxes[f"optimizer.{name}.{key}"] = Box.whole((), torch.float32)
                     case "rows":
@@ -202,7 +204,7 @@ def _filled(rows: Sequence[Batch], count: int, num_tokens: int) -> Batch:
 _STATE = {
     "AdamW": {"exp_avg": "like", "exp_avg_sq": "like", "step": "scalar"},
     "NarrowAdamW": {"exp_avg": "like", "exp_avg_sq": "like", "step": "scalar"},
-    "Muon": {"momentum": "like"},
+    "Muon": {"momentum": "like", "step": "scalar"},
     "RowAdagrad": {"square_sum": "rows"},
     "Balancing": {},
 }

@@ -9,7 +9,18 @@ import pytest
 
 import colossus
 
-TORCH_SIDE = {"checkpoint", "data", "doctor", "evaluate", "generate", "models", "optim", "serve", "trainer"}
+TORCH_SIDE = {
+    "checkpoint",
+    "data",
+    "doctor",
+    "evaluate",
+    "generate",
+    "models",
+    "optim",
+    "parallel",
+    "serve",
+    "trainer",
+}
 LEFT = {module.name for module in pkgutil.iter_modules(colossus.__path__)} - TORCH_SIDE
 PACKAGES = [*(f"colossus.{name}" for name in sorted(LEFT)), "recipes"]
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from colossus.spec.data import DataConfig, LoadedTokenizer, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
-from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, RopeSpec
 from colossus.spec.layout import Layout
+from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec, RopeSpec
 from colossus.spec.rank import Machine, Memory, RankEstimate, RankPlan
 from colossus.spec.run import (
     AdamW,

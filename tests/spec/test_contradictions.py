@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from colossus.spec.base import Frozen
 from colossus.spec.data import DataConfig, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
-from colossus.spec.model import AttentionSpec, MlpSpec, NgramSpec, NormSpec, RecallSpec, RopeSpec
 from colossus.spec.layout import Layout
+from colossus.spec.model import AttentionSpec, MlpSpec, NgramSpec, NormSpec, RecallSpec, RopeSpec
 from colossus.spec.run import AdamW, Batch, Cosine, Evaluation, Muon, WarmupStableDecay
 from tests.spec.configs import plan_for, small_config
 

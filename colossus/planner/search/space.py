@@ -29,7 +29,7 @@ MAX_STAGES, MAX_CHUNKS, MAX_SHARD, MAX_CONTEXT = 64, 16, 2048, 64
 LEAST_TOKENS_PER_CONTEXT_RANK = 512
 FIXABLE = (
     "tp", "pp", "cp", "ep", "expert_tp", "shard", "sharding", "schedule", "virtual_stages", "precision",
-    "micro_batch", "recompute",
+    "micro_batch", "recompute", "optimizer_state",
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def check_fixed(goal: Goal) -> dict[str, str]:
     """The fixed choices as text, by name. Raises ConfigError for a name or a word that does not exist."""
     words: dict[str, Sequence[str]] = {
         "sharding": SHARDING, "schedule": SCHEDULES, "precision": PRECISIONS, "recompute": RECOMPUTE,
+        "optimizer_state": ("float32", "bfloat16"),
     }  # fmt: skip
     fixed = {}
     for name, value in goal.fixed.items():
