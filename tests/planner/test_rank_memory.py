@@ -44,7 +44,7 @@ A100, H100 = 79.25 * GIB, 79.18 * GIB
 
 
 def execution(**numbers: float | str) -> Execution:
-    """One rank, fused kernels, unless said otherwise; recompute and sharding by name."""
+    """One rank, fused kernels, unless said otherwise; recompute and sharding by name; one replica group."""
     values: dict[str, float | str] = dict.fromkeys((field.name for field in fields(Execution)), 1.0)
     values |= {
         "sequence": 4096, "sequence_parallel": 1, "recompute": "none", "sharding": "none", "gradient_bytes": 4,
@@ -52,7 +52,7 @@ def execution(**numbers: float | str) -> Execution:
     } | numbers  # fmt: skip
     values["recompute"] = RECOMPUTE.index(str(values["recompute"]))
     values["sharding"] = SHARDING.index(str(values["sharding"]))
-    values.setdefault("shard", 1)
+    values["shard"] = numbers.get("shard", values["data"])
     return Execution(**{name: np.asarray(float(value)) for name, value in values.items()})
 
 

@@ -324,9 +324,11 @@ def _stage_parts(
     positions = shape.positions * shape.hidden / x.tp * (tables > 0)
     dense = dense_layers * dense_layer + expert_layers * whole_layer + tables * table + positions
     experts = expert_layers * experts_layer
-    ranks = x.data * x.cp
+    # What is split for keeping is shared by the shard × cp ranks of one replica group, as the sharding table says. (A
+    # software that spreads it over all data-parallel ranks has one group.)
+    ranks = np.minimum(x.shard, x.data) * x.cp
+    owners = np.where(x.sharding >= OPTIMIZER, ranks, 1.0)
     expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
-    owners = np.where(x.sharding == OPTIMIZER, ranks, np.where(x.sharding >= GRADIENTS, x.shard, 1.0))
     own = dense / owners + experts / np.minimum(expert_ranks, owners)
     both = dense + experts
     weights = held.weight * np.where(x.sharding >= WEIGHTS, own, both) + held.narrow * both
