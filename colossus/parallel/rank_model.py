@@ -89,8 +89,8 @@ class RankModel:
         self._loss = torch.zeros((), device=mesh.device)
         self._counted = 0
 
-    def materialise(self, seed: int) -> None:
-        """Memory, and initial weights."""
+    def materialise(self, seed: int | None) -> None:
+        """Memory, and initial weights; without a seed, weights that nobody has filled in."""
         materialise(self.parts, self.table, self.mesh, seed)
         self._sources = {
             name: parameter for part in self.parts for name, parameter in part.model.named_parameters()
@@ -144,7 +144,7 @@ class RankModel:
             parameter = self.parameters.get(name)
             if parameter is None:
                 parameter = self.parameters[name] = nn.Parameter(local, requires_grad=source.requires_grad)
-            elif parameter.data_ptr() != local.data_ptr():
+            elif not _is_same_memory(parameter, local):
                 parameter.data = local
             if source.grad is not None:
                 parameter.grad = gradients[name] = local_tensor(source.grad)
@@ -266,8 +266,18 @@ def _reduce_now(part: Part) -> None:
         groups: Iterable = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         for group in groups:
             if group is not None:
+                # Some are in float32 already, those of earlier micro-batches; all that are scattered must be.
+                for parameter in group.fsdp_params:
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
                 group.post_backward()
     root._root_post_backward_final_callback()
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Asked of storages: tensors of a dry run have no addresses."""
+    storages = one.untyped_storage()._cdata, other.untyped_storage()._cdata
+    return storages[0] == storages[1] and one.storage_offset() == other.storage_offset()
 
 
 def _has_dense_gradient(placement: Placement) -> bool:

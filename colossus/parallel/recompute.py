@@ -7,12 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+)
 
 from colossus.models.attention import Sight
 from colossus.models.decoder import Layer
 from colossus.models.recompute import recomputed
 from colossus.spec.plan import Recompute
+
+# What sharding names its gathers by, of which the second time has more: torch would take that for another computation.
+SAC_IGNORED_OPS.update(
+    {
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    }
+)
 
 
 def recompute_layer(layer: Layer, recompute: Recompute) -> None:
