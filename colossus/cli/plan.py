@@ -26,6 +26,7 @@ Examples:
   colossus plan llama3.1-70b --fleet h100:1024 --by 2027-03-01      as many tokens as can be until then
   colossus plan mixtral-8x7b --fleet h200:256 --tokens 1T --fix tp=4 --fix precision=bfloat16 --max-batch 16M
   colossus plan gpt2 --fleet laptop --json | jq .estimate.days
+  colossus plan --prove grok.json          run a step of each kind of its ranks, without its machines
 """
 EXPLAIN_EPILOG = """\b
 Examples:
@@ -46,14 +47,15 @@ PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A file written b
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A name (see: colossus models), or a .toml or .json file.")
-    ],
+        str | None, typer.Argument(metavar="MODEL", help="A name (see: colossus models), or a .toml or .json file.")
+    ] = None,
     fleet: Annotated[
-        str,
+        str | None,
         typer.Option("--fleet", metavar="FLEET", help="A name (see: colossus fleet list), chips in place "
                      "(h100:4096, h100:150000+h200:50000), or a .toml file."),
-    ],
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Train on so many: 300B, 15T. [20 for each active parameter]")
     ] = None,
@@ -85,12 +87,24 @@ def plan(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, as a PNG.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write --out and --plot over files that exist.")] = False,
+    prove: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="In place of planning: run a step of each kind of rank of a plan, "
+                     "without data, and set what it holds and exchanges beside what was planned."),
+    ] = None,
 ) -> None:  # fmt: skip
     """Plan how to train a model on a fleet: layout, schedule, batch, memory, time, energy and cost.
 
     Every choice has its reason and what the next-best would cost. Every figure is an estimate with a range that holds
     the truth about four times in five.
     """
+    if prove is not None:
+        from colossus.cli.prove import prove_plan
+
+        prove_plan(prove, json=json)
+        return
+    model = _given(context, model, "argument 'MODEL'")
+    fleet = _given(context, fleet, "option '--fleet'")
     from colossus import zoo
     from colossus.cli.plan_files import refuse_existing, write
     from colossus.cli.plan_goal import Options, asked
@@ -226,6 +240,11 @@ def _verdict_lines(a: "Plan", b: "Plan", better: Any) -> list[str]:
         lines += [f"      {text}" for text in won[1:]]
     same = [verdict.respect for verdict in better if verdict.better == "same"]
     return [*lines, f"The same: {', '.join(same)}."] if same else lines
+
+
+def _given(context: typer.Context, value: str | None, missing: str) -> str:
+    """Refuses what is only missing where a plan is made, and not proven."""
+    return context.fail(f"Missing {missing}.") if value is None else value
 
 
 # --- planning ---
