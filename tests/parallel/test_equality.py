@@ -189,8 +189,8 @@ def test_what_is_computed_again_is_the_same(model: ModelSpec, recompute: Any) ->
     [{"tp": 2}, {"shard": 2, "sharding": "weights"}, {"pp": 2, "schedule": "zb-h1"}],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_fp8_is_the_same_under_any_layout(settings: dict[str, Any]) -> None:
-    """Sums in another order round to another neighbour in FP8 now and then: that is less than FP8's own error."""
+def test_fp8_under_any_layout(settings: dict[str, Any]) -> None:
+    """The same where matmuls are; where tp splits them, rows have other scales: no less exact, but not the same."""
     model = dense()
     rank_sequences = 4 // settings.get("shard", 1)
     one = job(model, precision="fp8", shares=(Share(num_micro_batches=4),))
@@ -203,4 +203,6 @@ def test_fp8_is_the_same_under_any_layout(settings: dict[str, Any]) -> None:
             wanted = whole[name][1][here]
             of_fp8 = (wanted - exact[name][here]).norm()
             assert of_fp8 > 1e-3 * wanted.norm(), f"{name} is as exact as float32"
-            assert (gradient - wanted).norm() < 0.6 * of_fp8, name
+            assert (gradient - exact[name][here]).norm() < 1.3 * of_fp8, name
+            if "tp" not in settings:
+                assert (gradient - wanted).abs().max() < 2e-5 * whole[name][1].abs().max(), name
