@@ -35,11 +35,20 @@ class Summary:
     """Over all held-out text, with the final weights."""
     peak_rss_bytes: int
     predicted_memory_bytes: int | None
-    """What the plan said that `peak_rss_bytes` would be."""
+    """What the plan said of the fullest rank."""
     preparation_cpu_s: float
     """CPU time to tokenize the corpus; next to nothing where an earlier run has done it."""
     compile_s: float
     evaluation_cpu_s: float
+    device_kind: str | None = None
+    """Where the model was trained: `cpu` or `cuda`."""
+    peak_memory_bytes_by_rank: tuple[int, ...] = ()
+    """The most that each rank held where the model is: in tensors on a GPU, by the process on a CPU."""
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the fullest rank."""
+        return max(self.peak_memory_bytes_by_rank, default=self.peak_rss_bytes)
 
     def to_json(self) -> str:
         """One line, valid JSON: numbers that are not finite become null."""
@@ -52,7 +61,9 @@ class Summary:
         record = json.loads(text)
         names = {field.name for field in dataclasses.fields(cls)}
         try:
-            return cls(**{key: value for key, value in record.items() if key in names})
+            given = {key: value for key, value in record.items() if key in names}
+            by_rank = tuple(given.pop("peak_memory_bytes_by_rank", ()))
+            return cls(**given, peak_memory_bytes_by_rank=by_rank)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"not a summary: {error}") from None
 
@@ -93,7 +104,7 @@ def _rows(summary: Summary) -> list[tuple[str, str, str]]:
         ("model", f"{format_count(summary.num_params)}", "parameters"),
         ("speed", f"{format_count(summary.tokens_per_s)} tok/s", _mfu_note(summary.mfu)),
         ("took", format_seconds(summary.wall_s), _time_note(summary)),
-        ("peak memory", format_bytes(summary.peak_rss_bytes), _memory_note(summary)),
+        ("peak memory", format_bytes(summary.peak_memory_bytes), _memory_note(summary)),
     ]
     return [row for row in rows if row[1]]
 
@@ -115,10 +126,12 @@ def _time_note(summary: Summary) -> str:
 
 
 def _memory_note(summary: Summary) -> str:
-    if not summary.predicted_memory_bytes:
-        return ""
-    gap = summary.peak_rss_bytes / summary.predicted_memory_bytes - 1
-    return f"predicted {format_bytes(summary.predicted_memory_bytes)} ({gap:+.0%})"
+    num_ranks = len(summary.peak_memory_bytes_by_rank)
+    notes = [f"on the fullest of {num_ranks:,} ranks"] if num_ranks > 1 else []
+    if summary.predicted_memory_bytes:
+        gap = summary.peak_memory_bytes / summary.predicted_memory_bytes - 1
+        notes.append(f"predicted {format_bytes(summary.predicted_memory_bytes)} ({gap:+.0%})")
+    return ", ".join(notes)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -65,6 +65,11 @@ def peak_rss_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_memory_bytes(kind: str) -> int:
+    """The most memory held where the model is: in torch's tensors on a GPU, by the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated() if kind == "cuda" else peak_rss_bytes()
+
+
 def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

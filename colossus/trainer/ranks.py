@@ -75,6 +75,11 @@ class RankState:
     def any(self, *flags: bool) -> tuple[bool, ...]:
         return tuple(count > 0 for count in self.over_all(torch.tensor(flags, dtype=torch.float64)).tolist())
 
+    def each(self, number: int) -> tuple[int, ...]:
+        mine = torch.zeros(self.job.layout.num_ranks, dtype=torch.float64)
+        mine[self.mesh.rank] = number
+        return tuple(int(one) for one in self.over_all(mine).tolist())
+
     def over_all(self, numbers: Tensor) -> Tensor:
         """The sum of some numbers over all ranks: within replica groups, then across."""
         numbers = numbers.to(self.mesh.device)

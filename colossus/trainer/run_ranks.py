@@ -188,13 +188,19 @@ def _train(run: RunDirectory, plan: Plan, budget: Duration | None, device: str) 
     machine = everyone.broadcast(measure_machine(config) if mesh.rank == 0 else None)
     rank_plan = rank_plan_of(config, plan, job, mesh.rank, machine)
     state = RankState(config, job, rank_plan, mesh)
-    news: list[Event] = _decisions(plan)
+    executed = Decision(
+        what="plan", choice=plan.fingerprint(), reason=f"plan.json, on {plan.layout.num_ranks:,} ranks"
+    )
+    news: list[Event] = [executed, *_decisions(plan)]
     if list_checkpoints(run.checkpoints_path):
         loaded, rejected = load_newest_shards(
             run.checkpoints_path, state.wanted(), everyone, expect=config.model, optional=("optimizer.",)
         )
         state.load(loaded.tensors, loaded.facts)
-        news = [CheckpointRejected(path=str(one.path), reason=one.reason) for one in rejected]
+        news = [
+            executed,
+            *(CheckpointRejected(path=str(one.path), reason=one.reason) for one in rejected),
+        ]
     if budget is not None and budget != config.budget:
         news.append(rebudget(config.budget, budget, state.progress))
         config = config.model_copy(update={"budget": budget})

@@ -34,7 +34,7 @@ from colossus.spec.rank import RankPlan
 from colossus.spec.run import RunConfig
 from colossus.trainer.interrupts import Interrupts
 from colossus.trainer.loop import train
-from colossus.trainer.machine import compile_marker, peak_rss_bytes, release_memory
+from colossus.trainer.machine import compile_marker, peak_memory_bytes, peak_rss_bytes, release_memory
 from colossus.trainer.precision import use_float32_library
 from colossus.trainer.state import AnyState
 
@@ -249,6 +249,8 @@ class _Session:
             preparation_cpu_s=self.costs.preparation_cpu_s,
             compile_s=compile_s,
             evaluation_cpu_s=self.costs.evaluation_cpu_s,
+            device_kind=self.plan.machine.kind,
+            peak_memory_bytes_by_rank=self.state.each(peak_memory_bytes(self.plan.machine.kind)),
         )
 
 

@@ -47,6 +47,10 @@ class AnyState(Protocol):
         """Of each, whether it is so on any rank."""
         ...
 
+    def each(self, number: int) -> tuple[int, ...]:
+        """A number that every process has its own of: all of them, by rank."""
+        ...
+
     def compile(self) -> None: ...
 
     def saver(self, directory: Path, config: RunConfig) -> Saver: ...
@@ -97,6 +101,9 @@ class TrainState:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         return flags
+
+    def each(self, number: int) -> tuple[int, ...]:
+        return (number,)
 
     def compile(self) -> None:
         for layer in self.model.layers:
