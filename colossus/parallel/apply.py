@@ -15,6 +15,7 @@ In this order, and why:
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -78,7 +79,9 @@ def apply(
         _cut_pipeline(decoder, stage)
         _cut_parameters(decoder, table, mesh)
         if recipe is not None:
-            part.float8 = use_float8(decoder, recipe, device=mesh.device)
+            part.float8 = use_float8(
+                decoder, recipe, exclude=_there(job.wide_matmuls, decoder), device=mesh.device
+            )
         if job.schedule in ZERO_BUBBLE:
             defer_weight_gradients(decoder, part.deferred)
         if (tp := mesh.team("tp")) is not None:
@@ -118,6 +121,12 @@ def _cut_parameters(model: Decoder, table: ShardingTable, mesh: Mesh) -> None:
             owner, _, last = name.rpartition(".")
             made = nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
             setattr(model.get_submodule(owner), last, made)
+
+
+def _there(patterns: tuple[str, ...], model: Decoder) -> tuple[str, ...]:
+    """Those that name something of this stage."""
+    names = [name for name, _ in model.named_modules()]
+    return tuple(pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names))
 
 
 # --- sharding ---

@@ -114,7 +114,8 @@ class RankModel:
                     gradient, [t for g in ("tp", "shards", "replica") if (t := self.mesh.team(g)) is not None]
                 )
         dense = {name: gradient for name, gradient in gradients.items() if not gradient.is_sparse}
-        sum_gradients(dense, self._sums, self.mesh)
+        narrow = torch.bfloat16 if self.job.replica_sum == "bfloat16" else None
+        sum_gradients(dense, self._sums, self.mesh, replica_dtype=narrow)
         return self._loss
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, int]:

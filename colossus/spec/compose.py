@@ -4,9 +4,10 @@ Every refusal of the trainer is here, in one place, so that the planner offers n
 """
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from colossus.errors import ConfigError
+from colossus.errors import ConfigError, did_you_mean
 from colossus.spec.context import check_exchange
 from colossus.spec.model import ModelSpec
 from colossus.spec.parts import MlpSpec, MoeSpec
@@ -30,6 +31,12 @@ def check_job(model: ModelSpec, job: "Job", *, compiled: bool = False) -> None:
             "nvfp4": "matmuls in nvfp4 are not built yet",
         }[job.precision]
         raise ConfigError(f"the plan wants {job.precision}: {why}; plan with --fix precision=bfloat16 or fp8")
+    for pattern in job.wide_matmuls:
+        names = [name.removesuffix(".weight") for name in (p.name for p in model.parameters())]
+        if not any(fnmatchcase(one, pattern) for one in names):
+            raise ConfigError(
+                f"wide_matmuls: nothing of {name} is called {pattern!r}.{did_you_mean(pattern, names)}"
+            )
     for what, size in _sizes_over_tp(model):
         if size % layout.tp:
             raise ConfigError(

@@ -48,6 +48,8 @@ class Job(Frozen):
     sequence_tokens: Positive
     precision: Precision = "float32"
     optimizer_state: Dtype = "float32"
+    replica_sum: Dtype = "float32"
+    wide_matmuls: tuple[str, ...] = ()
     shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (Share(),)
     """Of the replica groups, in order: the first ones are the first pool's."""
 

@@ -103,6 +103,10 @@ class Plan(Frozen):
     """What most matmuls run in; master weights are float32."""
     optimizer_state: Dtype = "float32"
     """What averages of gradients are kept in."""
+    replica_sum: Dtype = "float32"
+    """What gradients travel in between replica groups; within a group they are summed in float32."""
+    wide_matmuls: tuple[str, ...] = ()
+    """Of a plan in FP8: linear maps, by name or pattern (`layers.0.*`), that stay in bfloat16."""
     layout: Layout
     expert_tp: Positive = 1
     """Ranks that one expert is split over."""

@@ -46,10 +46,12 @@ def alone(model: ModelSpec, job: Job) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}
 
 
-def one_step(model: ModelSpec, job: Job) -> tuple[float, dict[str, tuple[Any, torch.Tensor]]]:
+def one_step(
+    model: ModelSpec, job: Job, compiled: bool = False
+) -> tuple[float, dict[str, tuple[Any, torch.Tensor]]]:
     """The same on this rank of many: its loss sum, and its boxes of the gradients."""
     mesh = Mesh(job.layout, job.expert_tp)
-    rank_model = RankModel(model, job, mesh, dtype=torch.float32, chunk_tokens=32)
+    rank_model = RankModel(model, job, mesh, dtype=torch.float32, chunk_tokens=32, compiled=compiled)
     rank_model.materialise(seed=3)
     num_tokens = job.step_tokens
     losses = RouterLosses(torch.tensor(BALANCE / num_tokens), torch.tensor(ROUTER_Z / num_tokens))
@@ -64,8 +66,8 @@ def one_step(model: ModelSpec, job: Job) -> tuple[float, dict[str, tuple[Any, to
     return counted, boxes
 
 
-def check(model: ModelSpec, job: Job, tolerance: float = 2e-5) -> None:
-    results = run_ranks(one_step, job.layout.num_ranks, model, job)
+def check(model: ModelSpec, job: Job, tolerance: float = 2e-5, *, compiled: bool = False) -> None:
+    results = run_ranks(one_step, job.layout.num_ranks, model, job, compiled)
     loss, gradients = alone(model, job)
     assert sum(counted for counted, _ in results) == pytest.approx(loss, rel=1e-5)
     seen: dict[str, torch.Tensor] = {
@@ -206,3 +208,18 @@ def test_fp8_under_any_layout(settings: dict[str, Any]) -> None:
             assert (gradient - exact[name][here]).norm() < 1.3 * of_fp8, name
             if "tp" not in settings:
                 assert (gradient - wanted).abs().max() < 2e-5 * whole[name][1].abs().max(), name
+
+
+def test_gradients_between_replica_groups_may_travel_in_bfloat16() -> None:
+    model = dense()
+    check(model, job(model, replica=2, replica_sum="bfloat16"), tolerance=2**-7)
+    with pytest.raises(AssertionError, match="off by"):
+        check(model, job(model, replica=2, replica_sum="bfloat16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"tp": 2}, {"shard": 2, "sharding": "weights"}], ids=["tp", "weights"])
+def test_compiled_layers_compute_the_same(settings: dict[str, Any]) -> None:
+    """Gradients that a compiled region drops in silence are what this looks for."""
+    model = dense(num_layers=2)
+    check(model, job(model, **settings), compiled=True)

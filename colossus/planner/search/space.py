@@ -29,7 +29,8 @@ MAX_STAGES, MAX_CHUNKS, MAX_SHARD, MAX_CONTEXT = 64, 16, 2048, 64
 LEAST_TOKENS_PER_CONTEXT_RANK = 512
 FIXABLE = (
     "tp", "pp", "cp", "ep", "expert_tp", "shard", "sharding", "schedule", "virtual_stages", "precision",
-    "micro_batch", "recompute", "optimizer_state",
+    "micro_batch", "recompute", "optimizer_state", "replica_sum",
+    "wide_matmuls",
 )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def check_fixed(goal: Goal) -> dict[str, str]:
     """The fixed choices as text, by name. Raises ConfigError for a name or a word that does not exist."""
     words: dict[str, Sequence[str]] = {
         "sharding": SHARDING, "schedule": SCHEDULES, "precision": PRECISIONS, "recompute": RECOMPUTE,
-        "optimizer_state": ("float32", "bfloat16"),
+        "optimizer_state": ("float32", "bfloat16"), "replica_sum": ("float32", "bfloat16"),
     }  # fmt: skip
     fixed = {}
     for name, value in goal.fixed.items():
@@ -91,7 +92,7 @@ def check_fixed(goal: Goal) -> dict[str, str]:
             )
         if name in words and str(value) not in words[name]:
             raise ConfigError(f"--fix {name}={value} cannot be.{did_you_mean(str(value), words[name])}")
-        if name not in words and not isinstance(value, int):
+        if name not in (*words, "wide_matmuls") and not isinstance(value, int):
             raise ConfigError(f"--fix {name}={value} cannot be: {name} is a number from 1 up")
         fixed[name] = str(value)
     return fixed
