@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from colossus.errors import ConfigError
-from colossus.spec.base import Frozen
+from colossus.spec.base import Frozen, fingerprint
 from colossus.spec.fleet import Fleet, NonNegative, Precision
 from colossus.spec.goal import Goal
 from colossus.spec.layout import Layout
@@ -177,10 +177,11 @@ class Plan(Frozen):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise ConfigError(f"{origin} is not a plan that can be run: {place}: {first['msg']}") from None
-        if plain.get("fingerprint") != plan.fingerprint():
+        # Of what the file says: a version with more fields reads it too.
+        if plain.get("fingerprint") != (found := fingerprint(plain["plan"])):
             raise ConfigError(
                 f"{origin} was edited after it was planned: its fingerprint is {plain.get('fingerprint')}, its content "
-                f"has {plan.fingerprint()}; plan again, fixing what you want with --fix"
+                f"has {found}; plan again, fixing what you want with --fix"
             )
         return plan
 
