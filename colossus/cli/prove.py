@@ -165,11 +165,11 @@ def _exchanges(plan: Plan, one: "RoleProof") -> "Table":
     kinds = dict.fromkeys((e.group, e.kind) for e in (*one.issued, *one.priced))
     for group, kind in kinds:
         times, size = _sum(one.issued, group, kind)
-        priced_times, priced_size = _sum(one.priced, group, kind)
+        priced_times, _ = _sum(one.priced, group, kind)
         _, whole = _sum(one.whole_step, group, kind)
         table.add_row(
-            group, f"{_size(plan, one, group):,}", kind, f"{times:,}", f"{size / _GIB:.3g}", f"{priced_times:,}",
-            f"{priced_size / _GIB:.3g}", f"{whole / _GIB:.3g}", WHAT_FOR.get(group, ""),
+            group, f"{_size(plan, one, group):,}", kind, f"{times:,}", f"{priced_times:,}", f"{size / _GIB:.3g}",
+            f"{whole / _GIB:.3g}", WHAT_FOR.get(group, ""),
         )  # fmt: skip
     return table
 
