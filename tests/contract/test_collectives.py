@@ -1,8 +1,10 @@
 """What a step exchanges is what was priced: by kind, group and bytes, on every rank."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,9 @@ from colossus.parallel.dry_run import exchange_after_backward
 from colossus.parallel.mesh import Mesh
 from colossus.parallel.rank_model import Objective, RankModel
 from colossus.parallel.record import CollectiveRecorder
+from colossus.planner.estimate import layers, network, step
 from colossus.planner.estimate.collectives import Exchange, collectives
+from colossus.planner.estimate.shape import ModelShape
 from colossus.spec.job import Job, Share
 from colossus.spec.model import Dtype, ModelSpec
 from tests.parallel.layouts import (
@@ -28,6 +32,7 @@ from tests.parallel.layouts import (
     part_of,
 )
 from tests.parallel.ranks import run_ranks
+from tests.planner.test_step import constants, execution, hardware
 
 CHUNK_TOKENS = 24
 """No divisor of a micro-batch's tokens: the last chunk is a smaller one."""
@@ -168,3 +173,91 @@ def test_weight_gradients_that_all_come_last_in_bfloat16(num_micro_batches: int)
     shares = (Share(num_micro_batches=num_micro_batches),)
     settings = {"pp": 2, "shard": 2, "sharding": "weights", "schedule": "zb-h1", "shares": shares}
     check(dense(), job(dense(), **settings), dtype="bfloat16")
+
+
+# --- the seconds that the search puts on bytes ---
+
+
+def _bytes_of(
+    axis: str, model: ModelSpec, job: Job, monkeypatch: pytest.MonkeyPatch, **changes: Any
+) -> float:
+    """What the planner's formulas of an axis hand to its network in one pass or micro-batch of a layer."""
+    share, layout = job.shares[0], job.layout
+    shape = ModelShape.of(model)
+    x = execution(
+        sequence=job.sequence_tokens, micro_batch=share.micro_batch_sequences, tp=layout.tp, cp=layout.cp,
+        ep=layout.ep, expert_tp=job.expert_tp, overlap_tensor=0, overlap_experts=0, **changes,
+    )  # fmt: skip
+    handed: list[float] = []
+
+    def seconds(size_bytes: Any, *_: Any, **__: Any) -> Any:
+        handed.append(float(size_bytes))
+        return np.asarray(size_bytes, dtype=float)
+
+    for name in ("ring_s", "send_s", "all_to_all_s"):
+        monkeypatch.setattr(network, name, seconds)
+    tokens = np.asarray(share.micro_batch_sequences * job.sequence_tokens / layout.cp)
+    chip, fitted = hardware(), constants()
+    match axis:
+        case "tp":
+            return float(layers._tensor(shape, x, tokens, chip, fitted))
+        case "ep":
+            return float(layers._dispatch(shape, x, tokens, chip, fitted))
+        case "pp":
+            x = replace(x, pp=np.asarray(2.0))
+            step._pipeline_s(shape, x, chip, fitted)
+            return handed[0]
+        case _:  # keys and values of a rank; then those gathered; then all that is traded, there and back
+            none = (np.zeros(()), np.zeros(()))
+            layers._exchanges(shape, x, tokens, none, np.zeros(()), chip, fitted)
+            return {"ring": handed[0], "all-gather": handed[1], "all-to-all": handed[2] + handed[3]}[axis]
+
+
+def _issued(model: ModelSpec, job: Job, group: str, rank: int = 0) -> list[Exchange]:
+    priced = collectives(model, job, rank, dtype="bfloat16", chunk_tokens=CHUNK_TOKENS)
+    return [one for one in priced if one.group == group]
+
+
+def test_seconds_of_each_axis_are_of_the_bytes_that_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass of one layer, in bfloat16. Known to differ, and left so, as published runs are of other software: in 8
+    bits the search has tensor-parallel gathers in 8 bits, which ours makes in 16; gradients go round a ring in float32
+    here and in 16 bits there; gathered keys and values are kept here for the backward pass and gathered again there;
+    ranks that share an expert gather tokens before they travel here, and after it there; recompute here leaves out a
+    scatter at a layer's end."""
+    one = (Share(num_micro_batches=1),)
+    flat = dense(num_layers=1, attention=GROK_LIKE.attention.model_copy(update={"window": None}))
+    made = job(flat, tp=2, shares=one)
+    size = 32 * flat.hidden_size * 2  # a micro-batch's hidden states
+    around = [e for e in _issued(flat, made, "tp") if e.kind in ("all-gather", "reduce-scatter")]
+    # Beside two passes of the layer: the embedding (float32, as nothing is sharded) and the loss, forward and backward.
+    total = sum(e.total_bytes for e in around) - 2 * 2 * size - 2 * size
+    assert total == 2 * _bytes_of("tp", flat, made, monkeypatch)
+
+    mixed = mixture(num_layers=1)
+    made = job(mixed, shard=2, ep=2, shares=one)
+    rows = sum(e.total_bytes for e in _issued(mixed, made, "ep") if e.num_bytes > 64)
+    assert rows == 2 * _bytes_of("ep", mixed, made, monkeypatch)
+
+    made = job(dense(), pp=2, tp=2, shares=one)
+    (message,) = {e.num_bytes for e in _issued(dense(), made, "pp")}
+    assert message == _bytes_of("pp", dense(), made, monkeypatch)
+
+    shapes = {"ring": "send", "all-gather": "all-gather", "all-to-all": "all-to-all"}
+    for exchange, kind in shapes.items():
+        made = job(flat, cp=2, context_exchange=exchange, shares=one)
+        sizes = sorted(e.num_bytes for e in _issued(flat, made, "cp") if e.kind == kind)
+        forward = sum(sizes) if exchange == "all-to-all" else sizes[0]
+        assert forward == _bytes_of(exchange, flat, made, monkeypatch), exchange
+
+
+def test_seconds_of_sharding_are_of_the_weights_that_are_gathered() -> None:
+    """The search knows a layer's matrices; norms, biases and routers are the rest."""
+    for model, ep in ((dense(num_layers=1), 1), (mixture(num_layers=1), 2)):
+        made = job(model, shard=4, ep=ep, sharding="weights", shares=(Share(num_micro_batches=1),))
+        gathered = [
+            e for e in collectives(model, made, 0, dtype="bfloat16", chunk_tokens=CHUNK_TOKENS)
+            if e.kind == "all-gather" and e.group in ("shards", "expert_shards") and e.times == 2
+        ]  # fmt: skip
+        x = execution(ep=ep, expert_tp=1)
+        weights = float(layers.layer_weights(ModelShape.of(model), x))
+        assert sum(e.num_bytes for e in gathered) == pytest.approx(2 * weights, rel=0.12)
