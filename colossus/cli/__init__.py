@@ -10,6 +10,7 @@ import typer
 from colossus.cli import (
     calibrate,
     chat,
+    compare,
     data,
     doctor,
     evaluate,
@@ -41,7 +42,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("plan", epilog=plan.PLAN_EPILOG)(plan.plan)
 app.command("explain", epilog=plan.EXPLAIN_EPILOG)(plan.explain)
-app.command("compare", epilog=plan.COMPARE_EPILOG)(plan.compare)
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)

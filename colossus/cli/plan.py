@@ -1,4 +1,4 @@
-"""`colossus plan`, `explain` and `compare`: how a model trains on a fleet, why, and against what."""
+"""`colossus plan` and `explain`: how a model trains on a fleet, and why."""
 
 from datetime import date
 from pathlib import Path
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from colossus.planner.result import Planned
     from colossus.spec.fleet import Fleet
     from colossus.spec.model import ModelSpec
-    from colossus.spec.plan import Plan
 
 PLAN_EPILOG = """\b
 Examples:
@@ -33,11 +32,6 @@ Examples:
   colossus explain plan.json               every choice, with its reason
   colossus explain plan.json tp            one field: what it is, why, what the next-best would cost
   colossus explain plan.json mfu           ... and how it was computed, with this plan's numbers
-"""
-COMPARE_EPILOG = """\b
-Examples:
-  colossus compare a.json b.json
-  colossus compare a.json b.json --json | jq .better
 """
 FLAT = ("step_time_s", "tokens_per_s", "mfu", "memory_bytes", "days", "goodput", "energy_mwh", "water_m3", "co2_t",
         "cost_usd")  # fmt: skip
@@ -181,65 +175,6 @@ def explain(
         if value:
             table.add_row(Text(label, "bold" if i == 0 else "dim"), Text(value, "bold" if i == 0 else ""))
     console.print(table)
-
-
-def compare(
-    a: PlanFile,
-    b: PlanFile,
-    json: JsonOption = False,
-) -> None:
-    """Compare two plans, field by field: what differs, and which is better in what."""
-    from colossus.planner.explain.compare import rows, verdicts
-    from colossus.spec.plan import Plan
-
-    first, second = Plan.load(a), Plan.load(b)
-    fields, better = rows(first, second), verdicts(first, second)
-    if json:
-        from json import dumps
-
-        typer.echo(dumps({
-            "fields": [{"field": row.field, "a": row.a, "b": row.b, "differs": row.differs} for row in fields],
-            "better": {
-                verdict.respect: {"plan": verdict.better, "ratio": verdict.ratio, "text": verdict.text}
-                for verdict in better
-            },
-        }))  # fmt: skip
-        return
-    from rich.text import Text
-
-    from colossus.cli.plan_text import grid
-
-    console = _console()
-    table = grid(4)
-    table.add_row("", "", Text(f"A {a}", "bold"), Text(f"B {b}", "bold"))
-    for row in fields:
-        style = "bold yellow" if row.differs else "dim"
-        table.add_row(Text("≠" if row.differs else " ", style), Text(row.field, "" if row.differs else "dim"),
-                      Text(_short(row.a, row.differs), style), Text(_short(row.b, row.differs), style))  # fmt: skip
-    console.print(table)
-    console.print()
-    for line in _verdict_lines(first, second, better):
-        console.print(Text(line))
-
-
-def _short(text: str, differs: bool) -> str:
-    """What is the same in both plans needs no second line."""
-    return text if differs or len(text) <= 38 else f"{text[:37].rstrip()}…"
-
-
-def _verdict_lines(a: "Plan", b: "Plan", better: Any) -> list[str]:
-    lines = []
-    different = [name for name in ("model", "tokens", "fleet") if getattr(a, name) != getattr(b, name)]
-    if different:
-        lines.append(
-            f"The plans differ in {' and '.join(different)}, so that totals are not of the same thing."
-        )
-    for side, name in (("a", "A"), ("b", "B")):
-        won = [verdict.text for verdict in better if verdict.better == side]
-        lines += [f"{name} has {won[0]}"] if won else []
-        lines += [f"      {text}" for text in won[1:]]
-    same = [verdict.respect for verdict in better if verdict.better == "same"]
-    return [*lines, f"The same: {', '.join(same)}."] if same else lines
 
 
 def _given(context: typer.Context, value: str | None, missing: str) -> str:
