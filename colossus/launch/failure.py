@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from colossus.errors import ColossusError
 
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+LOG_FILE = "COLOSSUS_LOG"
+"""The environment variable in which the launcher tells a rank where its log is."""
 _MAX_LOG_BYTES = 1 << 16
 _MAX_LINES = 20
 _MAX_CHARACTERS = 300
@@ -73,6 +76,24 @@ def report_failure(error: BaseException) -> None:
         with suppress(FileExistsError):
             os.link(draft, path)
         draft.unlink()
+
+
+def log_failure(error: BaseException) -> None:
+    """Writes why this rank ends to its log; to stderr where it has none.
+
+    Not to stderr where it has one: of rank 0 that is a person's terminal, on which the launcher says in a few lines
+    which rank was the first to fail, and the tracebacks of those that failed by it would hide that.
+    """
+    said = (
+        f"error: {error}\n"
+        if isinstance(error, ColossusError)
+        else "".join(traceback.format_exception(error))
+    )
+    if log := os.environ.get(LOG_FILE):
+        with suppress(OSError), Path(log).open("a", encoding="utf-8") as file:
+            file.write(said)
+            return
+    sys.stderr.write(said)
 
 
 def read_report(path: Path) -> Reported | None:

@@ -23,7 +23,15 @@ from typing import Any
 from colossus.errors import ConfigError, RankFailed
 from colossus.launch import child, guardian
 from colossus.launch.environment import Place
-from colossus.launch.failure import Reported, how_it_ended, is_lost_peer, last_lines, read_report, shortened
+from colossus.launch.failure import (
+    LOG_FILE,
+    Reported,
+    how_it_ended,
+    is_lost_peer,
+    last_lines,
+    read_report,
+    shortened,
+)
 from colossus.launch.stream import shown
 
 _ADDRESS = "127.0.0.1"
@@ -313,6 +321,7 @@ class _Job:
             "TORCHELASTIC_MAX_RESTARTS": "0",
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # no rank opens the port: the launcher has
             guardian.MARK: mark,
+            LOG_FILE: str(own.log_path.absolute()),
             **own.environment,
         }
 
@@ -439,7 +448,8 @@ class _Job:
         if left and is_lost_peer(self._said(first)):
             parts.append(f"{self._name(left)} had ended before, with exit code 0: did it leave too early?")
         if others:
-            parts.append(f"Failed too, after it: {_numbers(others)}; their logs are beside it.")
+            whose = "its log is" if len(others) == 1 else "their logs are"
+            parts.append(f"Failed too, after it: {_numbers(others)}; {whose} beside it.")
         return "\n".join(parts)
 
     def _last_words(self, rank: int, report: Reported | None) -> str:

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from colossus.checkpoint import ProcessGroupRanks, list_checkpoints, load_newest_shards
 from colossus.data import corpus_directory, prepare
-from colossus.errors import ColossusError, ConfigError, RunError
+from colossus.errors import ConfigError, RunError
 from colossus.events import CheckpointRejected, Decision, Event
 from colossus.launch.environment import place
-from colossus.launch.failure import report_failure
+from colossus.launch.failure import log_failure, report_failure
 from colossus.launch.local import Ending, rank_processes, run_ranks
 from colossus.observe import Observer
 from colossus.observe.run_directory import RunDirectory
@@ -274,9 +274,7 @@ def _compiled(config: RunConfig, job: Job, machine: Machine) -> bool:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except BaseException as error:
+    except Exception as error:
         report_failure(error)
-        if isinstance(error, ColossusError):
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        raise
+        log_failure(error)
+        sys.exit(1)

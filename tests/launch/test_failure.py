@@ -9,9 +9,11 @@ import pytest
 
 from colossus.errors import ConfigError
 from colossus.launch.failure import (
+    LOG_FILE,
     how_it_ended,
     is_lost_peer,
     last_lines,
+    log_failure,
     read_report,
     report_failure,
     shortened,
@@ -120,3 +122,23 @@ def test_lost_peers() -> None:
         "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
     )
     assert not is_lost_peer("ValueError: a peer review")
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_traceback_goes_into_the_log_where_there_is_one(
+    has_log: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "rank.log"
+    log.write_text("before it\n")
+    monkeypatch.delenv(LOG_FILE, raising=False)
+    if has_log:
+        monkeypatch.setenv(LOG_FILE, str(log))
+    try:
+        raise ValueError("seven is too many")
+    except ValueError as error:
+        log_failure(error)
+    log_failure(ConfigError("No."))
+    said = log.read_text().removeprefix("before it\n") if has_log else capsys.readouterr().err
+    assert said.startswith("Traceback (most recent call last)")
+    assert said.endswith("ValueError: seven is too many\nerror: No.\n")
+    assert capsys.readouterr().err == ""
