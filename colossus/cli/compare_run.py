@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from colossus.errors import ConfigError
-from colossus.observe.gap import Gap, circumstances, gaps, rank_gaps
+from colossus.observe.gap import FOLLOW, Gap, circumstances, gaps, rank_gaps
 from colossus.observe.report import Report, WallTime, measure
 from colossus.observe.run_directory import RunDirectory
 from colossus.spec.plan import Plan
@@ -26,6 +26,7 @@ def beside(run: RunDirectory, plan: Plan | None = None) -> tuple[dict[str, Any],
         "steady_steps": report.num_steady_steps,
         "tokens": report.num_tokens,
         "wall": _wall_json(report.wall),
+        "step_cpu_s": None if report.step_cpu_s is None else report.step_cpu_s.model_dump(),
         "memory_bytes_by_rank": list(report.memory_bytes_by_rank),
         "fields": [_gap_json(gap) for gap in rows],
         "notes": list(notes),
@@ -92,10 +93,19 @@ def _run_parts(
     yield _absent_table([gap for gap in rows if gap.report is None])
     yield Text()
     yield Text(f"{'Wall time':<10}{_wall_text(report.wall)}")
-    judged = [gap for gap in rows if gap.within is not None]
+    cpu = report.step_cpu_s
+    if report.device_kind == "cpu" and cpu is not None and report.step_time_s is not None:
+        yield Text(
+            f"{'CPU time':<10}{cpu.likely:.4g} s of the first rank in a step of {report.step_time_s.likely:.4g} s; "
+            f"what its threads leave of it, it waits: for other ranks, or for other programs"
+        )
+    judged = [gap for gap in rows if gap.within is not None and gap.field not in FOLLOW]
     if judged:
         inside = sum(bool(gap.within) for gap in judged)
-        yield Text(f"{'Intervals':<10}{inside} of {len(judged)} hold what was measured; four in five should")
+        yield Text(
+            f"{'Intervals':<10}{inside} of {len(judged)} hold what was measured "
+            f"({' and '.join(FOLLOW)} follow from the step time); four in five should"
+        )
     for note in notes:
         yield Text(f"\n{note}", "yellow")
 

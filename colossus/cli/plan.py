@@ -134,6 +134,8 @@ def plan(
     written = [str(path) for path in (out, plot) if path is not None]
     if written:
         console.print(f"\nwrote {' and '.join(written)}", style="dim", soft_wrap=True, markup=False)
+    if out is not None:
+        console.print(f"  train it: colossus train --plan {out}", style="dim", soft_wrap=True, markup=False)
 
 
 def explain(

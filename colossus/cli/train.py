@@ -301,6 +301,7 @@ def _show_what_is_next(summary: "Summary", reason: str, console: "Console", samp
         console.print(Text((run / "sample.txt").read_text(encoding="utf-8", errors="replace").rstrip()))
     console.print(f"\n{run}", style="bold", soft_wrap=True)
     notes = ["look:  curves.png, README.md", f"try:   colossus generate {run} --prompt 'import '"]
+    notes.append(f"check: colossus compare {run}")
     if reason == "interrupted":
         notes.append(f"go on: colossus train --resume {run}")
     for note in notes:

@@ -13,6 +13,8 @@ from colossus.spec.ranged import Ranged
 from colossus.spec.rank import RankPlan
 from colossus.units import format_seconds
 
+FOLLOW: Final = ("tokens_per_s", "mfu")
+"""Fields that follow from the step time: their gap is the same gap."""
 _DAY_S = 86_400.0
 
 
@@ -102,7 +104,8 @@ def _measured(plan: Plan, report: Report) -> Iterator[Gap]:
         done = f"{report.num_steps:,} of the plan's {plan.num_steps:,} steps are trained"
         yield Gap("days", estimate.days, None, done)
     goodput = None if wall.goodput is None else Ranged.exactly(wall.goodput)
-    yield Gap("goodput", estimate.goodput, goodput, "" if goodput else "no step is done")
+    note = "evaluations take from it, and the estimate has none" if wall.evaluating_s else ""
+    yield Gap("goodput", estimate.goodput, goodput, note if goodput else "no step is done")
     yield _interruptions(estimate, report)
     interval = report.checkpoint_interval_s
     yield Gap(
@@ -118,7 +121,7 @@ def _interruptions(estimate: Estimate, report: Report) -> Gap:
     name, days = "interruptions_per_day", report.wall.total_s / _DAY_S
     if days * estimate.interruptions_per_day.likely >= 1.0:
         return Gap(name, estimate.interruptions_per_day, Ranged.exactly(report.num_crashes / days))
-    expected = format_seconds(_DAY_S / max(1e-12, estimate.interruptions_per_day.likely))
+    expected = f"{1.0 / max(1e-12, estimate.interruptions_per_day.likely):,.0f} days"
     seen = f"{report.num_crashes} in {format_seconds(report.wall.total_s)}"
     return Gap(name, estimate.interruptions_per_day, None, f"{seen}, and one in {expected} is expected")
 

@@ -67,6 +67,8 @@ class Report:
     num_steady_steps: int
     step_time_s: Ranged | None
     tokens_per_s: Ranged | None
+    step_cpu_s: Ranged | None
+    """CPU time of the first rank: less than the step on a CPU means that it waited, for ranks or other programs."""
     wall: WallTime
     num_crashes: int
     """Processes that ended without a goodbye and were followed by another."""
@@ -101,6 +103,7 @@ def measured(
     for event in told:
         fold.see(event)
     steady = [step.done for step in fold.steps if step.steady]
+    cpu_s = [step.cpu_s for step in fold.steps if step.steady and step.cpu_s is not None]
     memory, note = _memory(fold, summary)
     return Report(
         num_steps=len(fold.steps),
@@ -108,6 +111,7 @@ def measured(
         num_steady_steps=len(steady),
         step_time_s=_spread([step.step_time_s for step in steady]),
         tokens_per_s=_spread([step.tokens_per_s for step in steady]),
+        step_cpu_s=_spread(cpu_s),
         wall=fold.wall(),
         num_crashes=fold.num_crashes,
         checkpoint_interval_s=_interval_s(told),
@@ -135,6 +139,8 @@ def _of_plan(events: Iterable[Event], fingerprint: str | None) -> list[Event]:
 class _Step:
     done: StepDone
     steady: bool
+    cpu_s: float | None
+    """None where the step before it is not in the log."""
 
 
 class _Fold:
@@ -155,7 +161,10 @@ class _Fold:
                 self._start(event)
             case StepDone():
                 steady = self._steps_here >= SETTLING_STEPS and not self._evaluated
-                self.steps.append(_Step(event, steady))
+                before = self.steps[-1].done if self.steps and self._steps_here else None
+                known = before is not None and before.step == event.step - 1
+                cpu_s = event.cpu_seconds - before.cpu_seconds if before is not None and known else None
+                self.steps.append(_Step(event, steady, cpu_s))
                 self._steps_here += 1
                 self._evaluated = False
             case Evaluated():

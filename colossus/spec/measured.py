@@ -121,7 +121,10 @@ class Measured(Frozen):
             missing += [name for name in NEEDED if name not in there]
             missing += [] if any(a.dtype == dtype for a in self.attention) else ["attention"]
             if missing:
-                raise ValueError(f"{dtype} has matmuls, but no {', '.join(missing)}")
+                raise ValueError(
+                    f"{dtype} has matmuls, but no {', '.join(missing)}; an older version measured this: run "
+                    f"colossus doctor --calibrate again"
+                )
         return self
 
 

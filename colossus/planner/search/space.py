@@ -86,6 +86,11 @@ def check_fixed(goal: Goal) -> dict[str, str]:
     }  # fmt: skip
     fixed = {}
     for name, value in goal.fixed.items():
+        if name == "replica":
+            raise ConfigError(
+                f"--fix replica={value}: replica groups are not chosen, they follow: as many as the fleet has room for "
+                f"at pp × shard × cp × tp chips each; fix those"
+            )
         if name not in FIXABLE:
             raise ConfigError(
                 f"--fix {name}={value}: a plan has no choice {name!r}.{did_you_mean(name, FIXABLE)}"
