@@ -81,18 +81,34 @@ def resume_ranks(
     plan: Plan | None = None,
     threads: int | None = None,
 ) -> RunDirectory:
-    """Goes on with a run from its newest good checkpoint, under its own plan or another one of the same model."""
+    """Goes on with a run from its newest good checkpoint, under its own plan or another one of the same
+    model and batch. A run that one process began can go on under a plan, too.
+    """
+    config = run.config()
+    asked = plan or run.plan()
+    check_machine(asked)
+    check_job(asked.model, Job.of(asked), compiled=bool(config.fixed.compile))
+    _check_same_run(run, config, asked)
     if plan is not None:
-        check_machine(plan)
-        check_job(plan.model, Job.of(plan))
-        config = run.config()
-        if plan.model != config.model:
-            raise ConfigError(f"the plan is for {plan.model.name}, and {run.path} trains {config.model.name}")
-        with writing(run):
+        with run.lock(), writing(run):  # not while others execute the plan that is there
             run.write_plan(plan)
             run.write_config(with_plan(config, plan))
-    _launch(run, run.plan(), threads, budget)
+    _launch(run, asked, threads, budget)
     return run
+
+
+def _check_same_run(run: RunDirectory, config: RunConfig, plan: Plan) -> None:
+    """Raises ConfigError for a plan that does not go on with what the run has trained."""
+    if plan.model != config.model:
+        raise ConfigError(f"the plan is for {plan.model.name}, and {run.path} trains {config.model.name}")
+    planned = (plan.global_batch_sequences, plan.sequence_tokens)
+    if planned != (config.batch.sequences, config.batch.sequence_tokens):
+        # The step number says which samples come next: with another batch, some would come twice or never.
+        raise ConfigError(
+            f"the plan trains on {planned[0]:,} sequences of {planned[1]:,} tokens a step, and {run.path} on "
+            f"{config.batch.sequences:,} of {config.batch.sequence_tokens:,}: a run keeps its batch; plan with "
+            f"that one, or start a new run"
+        )
 
 
 def check_machine(plan: Plan) -> None:
