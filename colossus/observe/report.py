@@ -240,5 +240,6 @@ def _spread(values: Sequence[float]) -> Ranged | None:
         return None
     if len(values) == 1:
         return Ranged.exactly(values[0])
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return Ranged(low=cuts[0], likely=statistics.median(values), high=cuts[-1])
+    cuts, median = statistics.quantiles(values, n=10, method="inclusive"), statistics.median(values)
+    # Of equal values the quantiles can be off by a rounding.
+    return Ranged(low=min(cuts[0], median), likely=median, high=max(cuts[-1], median))
