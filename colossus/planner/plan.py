@@ -2,32 +2,27 @@
 
 import math
 import time
-from dataclasses import fields
 from datetime import date
 
-import numpy as np
-
 from colossus.errors import ConfigError
-from colossus.planner.estimate.execution import EXCHANGES, RECOMPUTE, SHARDING
-from colossus.planner.estimate.layers import fastest_exchange
-from colossus.planner.estimate.memory import memory_parts
+from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
 from colossus.planner.estimate.shape import ModelShape
-from colossus.planner.estimate.step import stage_layers
 from colossus.planner.explain.reasons import advice, reasons
 from colossus.planner.result import Planned
 from colossus.planner.run import power, scaling_law, spares
 from colossus.planner.run.account import account
 from colossus.planner.schedule.order import SCHEDULES
 from colossus.planner.search.around import alternatives, mixture, pareto_front
-from colossus.planner.search.bounds import Problem, execution, in_flight_ratio, limit_bytes
+from colossus.planner.search.bounds import limit_bytes
+from colossus.planner.search.exact import exchange, layers_of_stages, pool_memory
 from colossus.planner.search.fleet import NothingFits, Solved, Task, names, solve, subsets
 from colossus.planner.search.infeasible import explain_infeasible
-from colossus.planner.search.space import PRECISIONS, Layouts
+from colossus.planner.search.space import PRECISIONS
 from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
 from colossus.spec.layout import Layout
-from colossus.spec.model import ModelSpec
-from colossus.spec.plan import ContextExchange, Plan, PoolShare
+from colossus.spec.model import Dtype, ModelSpec
+from colossus.spec.plan import Plan, PoolShare
 
 LARGEST_PUBLISHED_BATCH_TOKENS = 15_360 * 4096
 """DeepSeek-V3 (arXiv:2412.19437); Llama 3.1 405B used 16M."""
@@ -105,6 +100,11 @@ def make_plan(
     )
 
 
+def _dtype(goal: Goal, choice: str) -> Dtype:
+    """As asked for; the search weighs nothing there."""
+    return "bfloat16" if goal.fixed.get(choice) == "bfloat16" else "float32"
+
+
 def largest_batch(goal: Goal, tokens: int, sequence: int) -> int:
     """Sequences of the largest batch: as asked, or the largest published, but not so large that few steps remain."""
     if goal.max_global_batch_sequences is not None:
@@ -138,13 +138,13 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
     row, parts = best.picked.row, best.picked.parts
     layout = problem.layouts.take(found.candidates.layout[[row]])
     groups, counts = found.groups[row], found.micro_batches[row]
-    stage = _stage_layers(task.shape, layout)
+    stage = layers_of_stages(problem, layout)
     shares = []
     for i, pool in enumerate(problem.pools):
         if groups[i] == 0:
             continue
         option = int(found.candidates.option[row, i])
-        memory = _memory(problem, layout, option, counts[i])
+        memory = pool_memory(task.model, problem, found, row, i)
         shares.append(
             PoolShare(
                 node=pool.node.name,
@@ -172,10 +172,12 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         tokens=task.tokens,
         sequence_tokens=task.sequence,
         precision=PRECISIONS[int(layout.precision[0])],
-        optimizer_state="bfloat16" if task.goal.fixed.get("optimizer_state") == "bfloat16" else "float32",
+        optimizer_state=_dtype(task.goal, "optimizer_state"),
+        replica_sum=_dtype(task.goal, "replica_sum"),
+        wide_matmuls=tuple(filter(None, str(task.goal.fixed.get("wide_matmuls", "")).split(","))),
         layout=Layout(replica=int(groups.sum()), **axes),
         expert_tp=int(layout.expert_tp[0]),
-        context_exchange=_exchange(problem, layout, int(found.candidates.option[row, 0])),
+        context_exchange=exchange(problem, layout, int(found.candidates.option[row, 0])),
         sharding=SHARDING[int(layout.sharding[0])],
         schedule=SCHEDULES[int(layout.schedule[0])],
         virtual_stages=int(layout.chunks[0]),
@@ -189,37 +191,3 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         alternatives={},
         advice=(),
     )  # fmt: skip
-
-
-def _stage_layers(shape: ModelShape, layout: Layouts) -> tuple[int, ...]:
-    most, first, last = (int(a[0]) for a in stage_layers(shape.layers, layout.pp, layout.chunks))
-    stages = int(layout.pp[0])
-    return (last,) if stages == 1 else (first, *[most] * (stages - 2), last)
-
-
-def _exchange(problem: Problem, layout: Layouts, option: int) -> ContextExchange | None:
-    """The fastest for the first pool's groups; others hardly differ."""
-    if layout.cp[0] == 1:
-        return None
-    one, choice = np.ones(1), problem.options
-    x = execution(problem, layout, one * choice.micro_batch[option], one * choice.recompute[option], one, one)
-    hardware, constants = problem.hardware(problem.pools[0], layout.precision)
-    return EXCHANGES[int(fastest_exchange(problem.shape, x, hardware, constants)[0])]
-
-
-def _memory(problem: Problem, layout: Layouts, option: int, micro_batches: float) -> dict[str, int]:
-    one = np.ones(1)
-    choice = problem.options
-    x = execution(
-        problem,
-        layout,
-        one * choice.micro_batch[option],
-        one * choice.recompute[option],
-        one,
-        one * micro_batches,
-    )
-    parts = memory_parts(problem.shape, x)
-    held = {f.name.removesuffix("_bytes"): float(getattr(parts, f.name)[0]) for f in fields(parts)}
-    held["activations"] *= float(in_flight_ratio(x, layout.schedule)[0])
-    held.pop("fragmentation", None)  # what the allocator caches it gives back before it fails
-    return {name: int(size) for name, size in held.items()}

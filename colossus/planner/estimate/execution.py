@@ -71,6 +71,8 @@ class Execution(Columns):
     """Bytes per gradient element on the network."""
     exchange: Array = field(default_factory=lambda: np.zeros(()))
     """How context-parallel ranks see each other's keys and values: index into EXCHANGES, or FASTEST_EXCHANGE."""
+    keeps_gathered: Array = field(default_factory=lambda: np.zeros(()))
+    """1 where what tensor-parallel ranks gather for a matmul is kept for the backward pass and not gathered again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,8 +193,8 @@ def _layer(shape: ModelShape, x: Execution, c: Mapping[str, float]) -> _Layer:
     split = tokens / x.tp
     unfused = 1.0 - x.fused
     # A norm keeps its input (the residual, or a block's output) and what it puts out; the latter is gathered for
-    # the matmul, and kept whole by PyTorch's tensor parallelism (DTensor), while Megatron gathers it again.
-    put_out = np.where(x.sharding == WEIGHTS, tokens, residual)
+    # the matmul, and kept whole by PyTorch's tensor parallelism (DTensor) and by ours, while Megatron gathers it again.
+    put_out = np.where((x.sharding == WEIGHTS) | (x.keeps_gathered > 0), tokens, residual)
     norms = shape.norms * shape.hidden * (residual * (1.0 + c["unfused_norm"] * unfused) + put_out)
     # Queries and keys before and after rotation (values share the former's storage), what attention puts out.
     # Models without a gated MLP (GPT, MPT) learn positions or bias the scores: nothing is rotated.

@@ -63,6 +63,17 @@ def rank_memory(model: ModelSpec, job: Job, rank: int, how: How) -> dict[Kind, i
     return _Step(model, job, rank, how).peak()
 
 
+def enough_micro_batches(schedule: Schedule, pp: int, there: int) -> int:
+    """Of a step's micro-batches, as many as show all that there is to see of its memory."""
+    if schedule == "gpipe" or (schedule == "interleaved" and there % pp):
+        return there
+    if pp == 1:
+        return min(there, 3)
+    return min(
+        there, {"interleaved": 2 * pp, "zbv": 2 * pp + 1, "dualpipev": 2 * pp + 1}.get(schedule, pp + 2)
+    )
+
+
 class _Ledger:
     """What is held now, and what was when it was most."""
 
@@ -360,10 +371,13 @@ class _Step:
 
     @cached_property
     def _actions(self) -> tuple[Action, ...]:
-        """With as many micro-batches as show all that there is to see."""
-        job, here, pp = self.job, self.share.num_micro_batches, self.job.layout.pp
-        enough = here if job.schedule == "gpipe" else 3 if pp == 1 else 4 * pp
-        orders = order(job.schedule, pp, job.virtual_stages, min(here, enough))
+        job, here = self.job, self.share.num_micro_batches
+        orders = order(
+            job.schedule,
+            job.layout.pp,
+            job.virtual_stages,
+            enough_micro_batches(job.schedule, job.layout.pp, here),
+        )
         return _with_messages(job.schedule, job.virtual_stages, orders)[self.here.pp]
 
     def _stage(self, chunk: int) -> int:

@@ -10,6 +10,7 @@ from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
 from colossus.planner.result import FrontPoint, MixtureGain
 from colossus.planner.schedule.order import SCHEDULES
+from colossus.planner.search import exact
 from colossus.planner.search.best import Candidates, Search
 from colossus.planner.search.bounds import Bounds, Problem
 from colossus.planner.search.fleet import Solved, Task, chips, names
@@ -49,7 +50,8 @@ def alternatives(task: Task, best: Solved) -> dict[str, Alternative]:
             continue
         column = column_of(search, search.candidates, name)
         other = search.best(column != column_of(search, mine.candidates, name)[0], at_once=1024)
-        picked = choose(search.problem, search, other, most=20)
+        fits = exact.fits(task.model, search, other)
+        picked = choose(search.problem, search, other, most=20, fits=fits)
         if picked is not None:
             value = column_of(search, other.candidates.take(np.array([picked.row])), name)[0]
             result[name] = Alternative(
@@ -85,7 +87,10 @@ def mixture(task: Task, best: Solved, solved: Mapping[tuple[str, ...], Solved]) 
         task.problem(task.pools) if whole is None else whole.problem, pools=alike, all_alike=True
     )
     weak = weak_search(problem, whole)
-    picked = choose(problem, weak, weak.best()) if len(weak.bound) else None
+    found = weak.best()
+    picked = (
+        choose(problem, weak, found, fits=exact.fits(task.model, weak, found)) if len(weak.bound) else None
+    )
     return MixtureGain(
         all_as_weakest=math.inf if picked is None else picked.objective / best.picked.objective,
         without=without,

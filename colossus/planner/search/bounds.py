@@ -84,7 +84,11 @@ class Problem:
         ).take(rows)
         generation = pool.chip.generation
         constants = Constants.gather(
-            with_measured(self.values, pool.chip), [generation] * len(names), names, [SOFTWARE] * len(names), [ATTENTION] * len(names)
+            with_measured(self.values, pool.chip),
+            [generation] * len(names),
+            names,
+            [SOFTWARE] * len(names),
+            [ATTENTION] * len(names),
         )
         return hardware, constants.take(rows)
 
@@ -119,6 +123,7 @@ def execution(
         one_copy_per_node=one,
         gradient_bytes=4.0 * one,
         exchange=FASTEST_EXCHANGE * one,
+        keeps_gathered=one,
     )
 
 

@@ -11,6 +11,7 @@ from colossus.errors import ConfigError
 from colossus.planner.estimate.columns import Array
 from colossus.planner.estimate.shape import ModelShape
 from colossus.planner.run import power, price, reliability
+from colossus.planner.search import exact
 from colossus.planner.search.best import FRONT_SLACK, Evaluated, Search
 from colossus.planner.search.bounds import Problem
 from colossus.planner.search.refine import Picked, choose
@@ -118,7 +119,7 @@ def solve(task: Task, pools: tuple[Pool, ...], *, of: Solved | None = None) -> S
     if not len(search.bound):
         raise NothingFits(problem, search)
     found = kept(task, search)
-    picked = choose(problem, search, found)
+    picked = choose(problem, search, found, fits=exact.fits(task.model, search, found))
     if picked is None:
         raise NothingFits(problem, search)
     return Solved(pools, problem, search, found, picked)

@@ -1,5 +1,6 @@
 """The last step of a search: pipelines of the best candidates are played as timelines, and one is chosen."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,27 +28,35 @@ class Picked(NamedTuple):
 
 
 def choose(
-    problem: Problem, search: Search, evaluated: Evaluated, *, most: int = MOST_REFINED
+    problem: Problem,
+    search: Search,
+    evaluated: Evaluated,
+    *,
+    most: int = MOST_REFINED,
+    fits: Callable[[int], bool] = lambda row: True,
 ) -> Picked | None:
     """The best row with its objective, step seconds and parts, pipelines played as timelines.
 
     With uneven stages the closed form may exceed the timeline by up to 3 %, so that rows beyond that need not be
     played. Of rows within 0.2 %, the smallest replica group wins (a failure takes the
-    least away), then the most memory left.
+    least away), then the most memory left. `fits` has the last word on a row's memory.
     """
     order = np.argsort(evaluated.objective, kind="stable")
+    order = order[np.isfinite(evaluated.objective[order])]
+    ranks = search.ranks[evaluated.candidates.layout]
     played: list[Picked] = []
     least = np.inf
-    for row in order[:most]:
-        if not np.isfinite(evaluated.objective[row]) or evaluated.objective[row] > least * CLOSED_FORM_EXCESS:
+    for row in map(int, order):
+        if len(played) == most or evaluated.objective[row] > least * CLOSED_FORM_EXCESS:
             break
-        step_s, parts = refined_step_s(problem, search, evaluated, int(row))
+        if not fits(row):
+            continue
+        step_s, parts = refined_step_s(problem, search, evaluated, row)
         objective = float(evaluated.objective[row]) * step_s / float(evaluated.step_s[row])
         least = min(least, objective)
-        played.append(Picked(int(row), objective, step_s, parts))
+        played.append(Picked(row, objective, step_s, parts))
     if not played:
         return None
-    ranks = search.ranks[evaluated.candidates.layout]
     close = [entry for entry in played if entry.objective <= least * TIE]
     return min(close, key=lambda entry: (ranks[entry.row], -evaluated.headroom_bytes[entry.row]))
 
