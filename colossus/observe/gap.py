@@ -97,7 +97,8 @@ def _measured(plan: Plan, report: Report) -> Iterator[Gap]:
     rate = report.tokens_per_s
     mfu = None if rate is None else rate * (plan.model.flops_per_token(plan.sequence_tokens) / _peak(plan))
     yield Gap("mfu", estimate.mfu, mfu, _unsteady(report))
-    yield Gap("memory_bytes", _memory(plan, report), _fullest(report), report.memory_note)
+    over_ranks = "the spread is over its ranks" if len(report.memory_bytes_by_rank) > 1 else ""
+    yield Gap("memory_bytes", _memory(plan, report), _fullest(report), report.memory_note or over_ranks)
     if report.num_steps >= plan.num_steps:
         yield Gap("days", estimate.days, Ranged.exactly(wall.total_s / _DAY_S))
     else:
