@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from colossus.cli import main
+from colossus.hardware import parse_fleet
+from colossus.observe.gap import circumstances
 from colossus.observe.run_directory import RunDirectory
 from colossus.observe.summary import Summary
 from colossus.spec.config import with_plan
@@ -21,6 +23,7 @@ from tests.helpers import tiny
 from tests.observe.test_report import Log
 from tests.observe.test_summary_and_curves import SUMMARY
 from tests.parallel.plans import plan_of
+from tests.planner.measured import made_up
 from tests.planner.plans import laptop_plan
 from tests.spec.configs import plan_for, small_config
 
@@ -165,6 +168,33 @@ def test_a_run_beside_another_plan_says_where_they_part(run: Run, tmp_path: Path
         assert told["notes"][0] == (
             "The run was trained otherwise than the plan says: precision float32 (in the plan bfloat16)."
         )
+
+
+@pytest.mark.parametrize(
+    ("fleet", "device_kind", "source", "said"),
+    [
+        ("h100:1", "cpu", None, "The plan is for h100"),
+        ("h100:1", "cuda", None, None),
+        ("laptop", "cpu", None, "The plan's rates are a catalog's"),
+        ("laptop", "cpu", "measured on h, today", None),
+        ("laptop", "cpu", "measured on elsewhere, today", "measured on elsewhere, today; the run was trained on h."),
+    ],
+)  # fmt: skip
+def test_what_makes_a_comparison_say_less(
+    fleet: str, device_kind: str, source: str | None, said: str | None
+) -> None:
+    """The log's host is `h`."""
+    ground = parse_fleet(fleet)
+    if source is not None:
+        pool, rates = ground.pools[0], made_up().model_copy(update={"source": source})
+        chip = pool.node.chip.model_copy(update={"measured": rates})
+        node = pool.node.model_copy(update={"chip": chip})
+        ground = ground.model_copy(update={"pools": (pool.model_copy(update={"node": node}),)})
+    plan = laptop_plan().model_copy(update={"fleet": ground})
+    report = dataclasses.replace(log_of(None).report(), device_kind=device_kind)
+    notes = circumstances(plan, report)
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
 
 
 def test_two_runs_side_by_side(run: Run, tmp_path: Path) -> None:
