@@ -126,6 +126,8 @@ def train(
         from colossus.spec.plan import Plan
 
         planned = Plan.load(plan)
+        if recipe is None and resume is None:  # the plan's model is trained, not the recipe's
+            name = name or planned.model.name
     if resume is not None:
         config = _resumed_config(resume, runs, budget, [*_words(recipe, name), *changes])
     else:
