@@ -191,6 +191,24 @@ def _requests(put: Callable[[_Request], None]) -> Iterator[Callable[[], None]]:
         restore()
 
 
+@contextmanager
+def _torch_takes_no_requests() -> Iterator[None]:
+    """Torch's starter of processes takes over signals for good, and raises from wherever the process then is.
+
+    Which ones is said by a variable of the environment; here, one that nobody sends.
+    """
+    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+    before = os.environ.get(name)
+    os.environ[name] = "SIGURG"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
 # --- the guardian ---
 
 
@@ -274,14 +292,17 @@ class _Job:
         )
 
         try:
-            context = start_processes(
-                name="colossus",
-                entrypoint=sys.executable,
-                args={rank: self._arguments(rank, streams) for rank in range(len(self._ranks))},
-                envs={rank: self._environment(rank, port, watch.mark) for rank in range(len(self._ranks))},
-                logs_specs=DefaultLogsSpecs(log_dir=str(watch.folder), redirects=Std.NONE, tee=Std.NONE),
-            )
-        except SignalException:  # torch's own handlers, which hold only while it starts processes
+            with _torch_takes_no_requests():
+                context = start_processes(
+                    name="colossus",
+                    entrypoint=sys.executable,
+                    args={rank: self._arguments(rank, streams) for rank in range(len(self._ranks))},
+                    envs={
+                        rank: self._environment(rank, port, watch.mark) for rank in range(len(self._ranks))
+                    },
+                    logs_specs=DefaultLogsSpecs(log_dir=str(watch.folder), redirects=Std.NONE, tee=Std.NONE),
+                )
+        except SignalException:  # a torch that does not know the variable, in the middle of starting them
             return False
         except OSError as error:
             raise RankFailed(

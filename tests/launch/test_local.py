@@ -622,6 +622,23 @@ def test_a_request_while_ranks_are_being_started(ranks: Ranks, monkeypatch: pyte
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_a_request_just_after_ranks_were_started(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would raise for it, from wherever the launcher then is."""
+    from torch.distributed.elastic import multiprocessing
+
+    start = multiprocessing.start_processes
+
+    def starting(*arguments: Any, **named: Any) -> Any:
+        context = start(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        return context
+
+    monkeypatch.setattr(multiprocessing, "start_processes", starting)
+    assert ranks.run("ready(); time.sleep(1000)", 2) is Ending.STOPPED
+    assert ranks.alive() == []
+
+
 # --- what cannot be ---
 
 
