@@ -67,10 +67,7 @@ def attend(
         if on_cpu and width < query.shape[-1] and query.shape[2] > 1:
             # The fused kernel of a CPU wants values as wide as keys: without it all scores would stand in memory.
             value = F.pad(value, (0, query.shape[-1] - width))
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped
-        )[..., :width]
+        return _fused(query, key, value, bias, scale, repeat=query.is_cuda and bias is not None)[..., :width]
     if not long or query.shape[2] == 1:
         return _explicit(query, key, value, bias, scale, soft_cap, temperatures, sinks)
     # No fused kernel has these parts on every machine. A block of queries at a time, whose scores are made again
@@ -96,6 +93,19 @@ def attend(
             )
         )
     return torch.cat(blocks, 2)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, *, repeat: bool
+) -> Tensor:
+    """`repeat`: keys and values are given to each query head of their own. Of CUDA's fused kernels only cuDNN's takes a
+    bias and shared keys, and torch may prefer to it the plain operations that hold all scores; others take the bias
+    where no keys are shared."""
+    num_shared = query.shape[1] // key.shape[1]
+    if repeat and num_shared > 1:
+        key, value = key.repeat_interleave(num_shared, 1), value.repeat_interleave(num_shared, 1)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
 def _explicit(

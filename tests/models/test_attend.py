@@ -141,3 +141,23 @@ def test_a_sink_that_takes_little_has_its_gradient_in_bfloat16_too() -> None:
         made[:, :, 32:].double().square().sum().backward()
         gradients.append(sinks.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.03, atol=0)
+
+
+def test_keys_repeated_for_each_query_head_are_those_on_paper() -> None:
+    """As on a GPU, whose kernels want it so; documents and grouped heads, with the gradients of what is shared."""
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = (
+        torch.randn(2, heads, 70, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (6, 2, 2)
+    )
+    documents = (torch.arange(70) >= 50).long().expand(2, -1)
+    index = torch.arange(70)[None]
+    bias = attention_bias(documents, documents, index, torch.float64)
+    visible = bias[:, 0] == 0
+    made = module._fused(query, key, value, bias, 0.3, repeat=True)
+    wanted = on_paper(query, key, value, visible, 0.3, {})
+    torch.testing.assert_close(made, wanted, rtol=1e-9, atol=1e-10)
+    direction = torch.randn(made.shape, generator=generator, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(one, (query, key, value), direction) for one in (made, wanted))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
