@@ -141,7 +141,7 @@ def cases() -> Iterator[Case]:
     # --- experts ---
     yield case("Mixtral 8x7B, ep", "mixtral-8x7b", layers=4, shard=8, ep=8, **sharded)
     yield case(
-        "Mixtral 8x7B, tp, expert_tp", "mixtral-8x7b", layers=4, shard=8, tp=8, expert_tp=4, ep=2, **sharded
+        "Mixtral 8x7B, tp, expert_tp", "mixtral-8x7b", layers=4, shard=8, tp=8, expert_tp=8, ep=4, **sharded
     )
     yield case("Qwen3 30B-A3B", "qwen3-30b-a3b", layers=6, shard=16, ep=4, **sharded, recompute="full")
     yield case(
