@@ -8,6 +8,7 @@ Under a cluster's launcher every rank calls `main` itself (`python -m colossus.t
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from colossus.checkpoint import ProcessGroupRanks, list_checkpoints, load_newest_shards
 from colossus.data import corpus_directory, prepare
 from colossus.errors import ConfigError, RunError
-from colossus.events import CheckpointRejected, Decision, Event
+from colossus.events import CheckpointRejected, Decision, Event, RunFinished
 from colossus.launch.environment import place
 from colossus.launch.failure import log_failure, report_failure
 from colossus.launch.local import Ending, rank_processes, run_ranks
@@ -89,8 +90,11 @@ def resume_ranks(
     check_machine(asked)
     check_job(asked.model, Job.of(asked), compiled=bool(config.fixed.compile))
     _check_same_run(run, config, asked)
-    if plan is not None:
-        with run.lock(), writing(run):  # not while others execute the plan that is there
+    with (
+        run.lock(),
+        writing(run),
+    ):  # refused here while others train in it: their plan and logs are left alone
+        if plan is not None:
             run.write_plan(plan)
             run.write_config(with_plan(config, plan))
     _launch(run, asked, threads, budget)
@@ -133,7 +137,7 @@ def check_machine(plan: Plan) -> None:
 def _launch(run: RunDirectory, plan: Plan, threads: int | None, budget: Duration | None = None) -> None:
     argv = [sys.executable, "-m", "colossus.trainer.run_ranks", str(run.path)]
     if budget is not None:
-        argv += ["--budget", f"{budget.amount:g}", budget.unit]
+        argv += ["--budget", repr(budget.amount), budget.unit]
     processes = rank_processes(
         argv,
         plan.layout.num_ranks,
@@ -141,9 +145,15 @@ def _launch(run: RunDirectory, plan: Plan, threads: int | None, budget: Duration
         environment={FINGERPRINT: plan.fingerprint()},
         num_threads=threads,
     )
+    started_s = time.time()
     ending = run_ranks(processes)
-    if ending is Ending.KILLED:
+    if ending is Ending.KILLED or (ending is Ending.STOPPED and not _has_ended_since(started_s, run)):
         raise KeyboardInterrupt
+
+
+def _has_ended_since(time_s: float, run: RunDirectory) -> bool:
+    """Whether ranks ended in good order: asked to before they train, they just end, and have nothing to sum up."""
+    return any(isinstance(event, RunFinished) and event.time_s >= time_s for event in run.events())
 
 
 # --- each rank ---
