@@ -166,7 +166,8 @@ class _Session:
                 self.emit(RunFinished(step=state.progress.steps, reason="diverged"))
                 raise
             self._report(saver.wait())
-            (unsaved,) = state.any(self._saved_step != state.progress.steps)
+            # Ranks that write nothing, holding copies, do not learn what was saved: the first one knows.
+            (unsaved,) = state.any(state.leads and self._saved_step != state.progress.steps)
             if unsaved:
                 self._save(saver)
                 self._report(saver.wait())

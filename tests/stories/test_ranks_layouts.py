@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from colossus.checkpoint import load_newest, save
-from colossus.events import RunStarted
+from colossus.events import CheckpointSaved, RunStarted
 from colossus.observe.history import history
 from colossus.observe.run_directory import RunDirectory
 from colossus.spec.job import Share
@@ -67,6 +67,10 @@ def losses(run: RunDirectory) -> list[float]:
 def first_steps(run: RunDirectory) -> list[int]:
     """Of each process that trained it, the step that it began with."""
     return [event.first_step for event in events(run) if isinstance(event, RunStarted)]
+
+
+def saved_steps(run: RunDirectory) -> list[int]:
+    return [event.step for event in events(run) if isinstance(event, CheckpointSaved)]
 
 
 def stop_after(steps: int) -> str:
@@ -191,10 +195,12 @@ def test_another_precision(tmp_path: Path) -> None:
 
 
 def test_the_same_layout_goes_on_to_the_last_bit(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, SETTINGS, LLAMA)
+    ranks = Ranks(tmp_path, (*SETTINGS, "checkpoints.every=8 steps"), LLAMA)
     plan = ranks.plan(replica=2, shares=UNEQUAL)
     ranks.colossus(*ranks.new("whole", plan))
     ranks.colossus(*ranks.new("halves", plan), in_ranks=stop_after(7), status=130)
     ranks.colossus("train", "--resume", str(ranks.run("halves").path), in_ranks=COMPARES)
     assert first_steps(ranks.run("halves")) == [0, 7]
+    assert saved_steps(ranks.run("whole")) == [8, 16]  # and the last one not twice
+    assert saved_steps(ranks.run("halves")) == [7, 8, 16]
     same_course(ranks.run("whole"), ranks.run("halves"))
