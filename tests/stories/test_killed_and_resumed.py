@@ -38,9 +38,9 @@ def kill_after(steps: int) -> None:
     import os
     import time
 
-    from colossus.trainer import run
+    from colossus.trainer import session
 
-    train = run.train
+    train = session.train
 
     def counted(*arguments: object) -> object:
         for i, report in enumerate(train(*arguments)):  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def kill_after(steps: int) -> None:
                 time.sleep(random.random() * 0.02)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    run.train = counted  # type: ignore[assignment]
+    session.train = counted  # type: ignore[assignment]
 
 
 class Disaster:

@@ -424,7 +424,8 @@ class _Step:
         for over, sizes in self._left().items():
             for bucket in _buckets(sizes):
                 for group, num_parts in over:
-                    counts[Collective("all-reduce", group, bucket * num_parts)] += 1
+                    narrow = 2 if group == "replica" and self.job.replica_sum == "bfloat16" else 1
+                    counts[Collective("all-reduce", group, bucket * num_parts // narrow)] += 1
         mixtures = [
             mlp.num_experts
             for stage in self._stages
