@@ -132,6 +132,19 @@ def test_a_rank_is_killed_from_outside(ranks: Ranks, plan: str) -> None:
     assert "Connection" in (run.path / "logs" / "rank-00000.log").read_text()  # what rank 0 saw of it
 
 
+@pytest.mark.slow
+def test_whoever_started_the_ranks_is_killed(ranks: Ranks, plan: str, whole: RunDirectory) -> None:
+    with ranks.running(*ranks.new("orphans", plan)) as process:
+        run = ranks.run("orphans")
+        process.wait_until(lambda: steps_done(run) >= 8)
+        process.signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    ranks.nothing_is_left()
+    assert run.state() == "crashed"
+    ranks.colossus("train", "--resume", str(run.path))
+    same_course(whole, run)
+
+
 RAISES = """
 from colossus.parallel import rank_model
 
