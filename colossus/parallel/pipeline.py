@@ -121,6 +121,7 @@ class Pipeline:
                         else run._outputs[micro_batch].detach()
                     )
                     assert tensor is not None
+                    going = [works for works in going if not all(work.is_completed() for work in works)]
                     going.append(self._exchange(dist.isend, tensor.contiguous(), rank))
                 case Receive(stage, micro_batch, is_backward, rank):
                     tensor = torch.empty_like(message)

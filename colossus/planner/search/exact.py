@@ -84,6 +84,7 @@ def pool_memory(
             precision=PRECISIONS[int(layout.precision[0])],
             shares=(share,),
         ),
+        on_cpu=problem.pools[pool].chip.generation == "cpu",
     )
 
 
@@ -105,17 +106,18 @@ def exchange(problem: Problem, layout: Layouts, option: int) -> ContextExchange 
 
 
 @lru_cache(maxsize=65_536)
-def fullest_rank_bytes(model: ModelSpec, job: Job) -> dict[str, int]:
+def fullest_rank_bytes(model: ModelSpec, job: Job, *, on_cpu: bool = False) -> dict[str, int]:
     """By what holds it, on the fullest rank of a replica group of `job`'s first share, with what the device's context
-    and communicators take. The optimizer is AdamW."""
+    and communicators take; on a CPU, what a process takes before it has a model. The optimizer is AdamW."""
     dtype: Dtype = "float32" if job.precision in ("float32", "tf32") else "bfloat16"
     layout = job.layout
     tokens = job.shares[0].micro_batch_sequences * job.sequence_tokens // layout.cp
     how = How(
         dtype=dtype,
-        chunk_tokens=loss_chunk_tokens(model, tokens, "cuda", tp=layout.tp),
+        chunk_tokens=loss_chunk_tokens(model, tokens, "cpu" if on_cpu else "cuda", tp=layout.tp),
         optimizer=AdamW(),
         router_losses=True,
+        on_cpu=on_cpu,
     )
     held = max(
         (
@@ -125,8 +127,11 @@ def fullest_rank_bytes(model: ModelSpec, job: Job) -> dict[str, int]:
         key=lambda parts: sum(parts.values()),
     )
     constants = memory_constants()
+    counted = {str(kind): size for kind, size in held.items()}
+    if on_cpu:
+        return {**counted, "context": int(constants["cpu_process_bytes"])}
     return {
-        **{str(kind): size for kind, size in held.items()},
+        **counted,
         "communication": int(constants["communicator_bytes"] * _num_communicators(job)),
         "context": int(constants["context_bytes"]),
     }
