@@ -211,7 +211,7 @@ def _train(run: RunDirectory, plan: Plan, budget: Duration | None, device: str) 
     if everyone.broadcast(plan.fingerprint()) != plan.fingerprint():
         raise ConfigError("ranks read different plans: does every host see the same run directory?")
     # One machine's measurements for all, so that all of them compute alike.
-    machine = everyone.broadcast(measure_machine(config) if mesh.rank == 0 else None)
+    machine = everyone.broadcast(_machine(run, config) if mesh.rank == 0 else None)
     rank_plan = rank_plan_of(config, plan, job, mesh.rank, machine)
     state = RankState(config, job, rank_plan, mesh)
     executed = Decision(
@@ -240,6 +240,20 @@ def _train(run: RunDirectory, plan: Plan, budget: Duration | None, device: str) 
 
         observers = (Lines(config, lambda line: print(line, flush=True)),)
     return run_session(run, config, rank_plan, corpus, reader, state, costs, observers, news)
+
+
+def _machine(run: RunDirectory, config: RunConfig) -> Machine:
+    """As it was measured when the run began, where it still is that machine: which library multiplies is chosen by the
+    clock, and another one rounds otherwise, so that a resumed run would not be exact."""
+    path = run.path / "machine.json"
+    measured = measure_machine(config)
+    with contextlib.suppress(OSError, ValueError):
+        kept = Machine.model_validate_json(path.read_text(encoding="utf-8"))
+        if (kept.chip, kept.kind, kept.num_threads) == (measured.chip, measured.kind, measured.num_threads):
+            return kept
+    with writing(run):
+        path.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return measured
 
 
 def _decisions(plan: Plan) -> list[Event]:
