@@ -3,7 +3,7 @@
 runs/first-light-001/
   README.md          what each file is, and how to go on from here
   config.toml        everything that decides the run, with the plan
-  plan.json          of a run of many ranks: its plan
+  plan.json          of a run of many ranks: its plan          machine.json      and the machine that they measured
   environment.json   machine, versions, command line        git.json   commit of the code, uncommitted changes
   events.jsonl       all that happened, one event a line
   checkpoints/       tokenizer/

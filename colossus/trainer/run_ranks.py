@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from colossus.checkpoint import ProcessGroupRanks, list_checkpoints, load_newest_shards
 from colossus.data import corpus_directory, prepare
-from colossus.errors import ConfigError, RunError
+from colossus.errors import ConfigError, RankFailed, RunError
 from colossus.events import CheckpointRejected, Decision, Event, RunFinished
 from colossus.launch.environment import place
 from colossus.launch.failure import log_failure, report_failure
@@ -146,7 +146,13 @@ def _launch(run: RunDirectory, plan: Plan, threads: int | None, budget: Duration
         num_threads=threads,
     )
     started_s = time.time()
-    ending = run_ranks(processes)
+    try:
+        ending = run_ranks(processes)
+    except RankFailed as failed:
+        if not list_checkpoints(run.checkpoints_path):
+            raise
+        how = f"its checkpoints are whole; to go on: colossus train --resume {run.path}"
+        raise RankFailed(f"{failed}\n{how}", failed.ranks) from None
     if ending is Ending.KILLED or (ending is Ending.STOPPED and not _has_ended_since(started_s, run)):
         raise KeyboardInterrupt
 
