@@ -56,7 +56,9 @@ def _drawn(parameter: ParameterSpec, seed: int, start: int, count: int) -> Tenso
         name = f"{seed}:{parameter.name}" + (f":{block}" if block else "")
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
-        drawn = torch.empty(size, dtype=torch.float32, device="cpu").normal_(0, parameter.std, generator=generator)
+        drawn = torch.empty(size, dtype=torch.float32, device="cpu").normal_(
+            0, parameter.std, generator=generator
+        )
         here = slice(max(start, first), min(start + count, first + size))
         values[here.start - start : here.stop - start] = drawn[here.start - first : here.stop - first]
     return values

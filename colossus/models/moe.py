@@ -121,6 +121,10 @@ def _within_groups(preferred: Tensor, groups: RouterGroups, num_best: int) -> Te
     return grouped.masked_fill(left[..., None], -torch.inf).flatten(-2)
 
 
+def _all_here(sums: Tensor) -> Tensor:
+    return sums
+
+
 @dataclass(frozen=True, slots=True)
 class WholeSequences:
     """From what is summed over the tokens of each sequence that are here to the sum over all of its tokens.
@@ -129,7 +133,7 @@ class WholeSequences:
     """
 
     num_parts: int = 1
-    total: Callable[[Tensor], Tensor] = staticmethod(lambda sums: sums)
+    total: Callable[[Tensor], Tensor] = _all_here
 
 
 ALL_HERE = WholeSequences()

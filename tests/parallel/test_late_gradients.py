@@ -25,7 +25,10 @@ def test_they_are_those_of_a_schedule_that_puts_nothing_off(num_micro_batches: i
     share = (Share(num_micro_batches=num_micro_batches),)
     late, at_once = (
         run_ranks(
-            gradients, 4, dense(), job(dense(), pp=2, shard=2, sharding="weights", schedule=name, shares=share)
+            gradients,
+            4,
+            dense(),
+            job(dense(), pp=2, shard=2, sharding="weights", schedule=name, shares=share),
         )
         for name in ("zb-h1", "1f1b")
     )
