@@ -63,7 +63,7 @@ class Times(NamedTuple):
         return self.waiting_s / (self.busy_s + self.waiting_s)
 
 
-@pytest.mark.slow
+@pytest.mark.timed
 def test_groups_of_unequal_speed(tmp_path: Path) -> None:
     """An equal split leaves the fast group waiting. Shares to the speeds that it shows do not."""
     ranks = Ranks(tmp_path, (f"budget={NUM_STEPS} steps", "evaluation.every=1000 steps"), MODEL)
