@@ -29,7 +29,7 @@ from colossus.spec.model import AttentionSpec, Dtype, MlpSpec, ModelSpec, NgramS
 from colossus.spec.rank import Machine
 from colossus.spec.run import AdamW, Batch, Checkpoints, Evaluation, Fixed, Muon, RunConfig, WarmupStableDecay
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 PLAIN = ModelSpec(
     name="plain",
