@@ -13,7 +13,7 @@ from typing import NamedTuple
 from colossus.spec.layout import Group, Layout, Mates, mates
 from colossus.spec.model import ModelSpec
 from colossus.spec.parameters import ParameterSpec
-from colossus.spec.parts import AttentionSpec, MoeSpec
+from colossus.spec.parts import AttentionSpec
 
 COMPUTING: frozenset[Group] = frozenset({"tp", "ep", "expert_tp"})
 """Groups whose ranks compute with their part of a parameter; the others only keep it for each other."""
@@ -57,10 +57,6 @@ class Placement:
             offsets[cut.dim] += start
             shape[cut.dim] = end - start
         return Box(tuple(offsets), tuple(shape))
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return tuple(cut.group for cut in self.cuts)
 
     def cut(self, group: Group) -> Cut | None:
         return next((cut for cut in self.cuts if cut.group == group), None)
@@ -189,7 +185,3 @@ def _num_parts(model: ModelSpec, name: str, tp: int) -> int:
     if name.startswith((*_KEYS_AND_VALUES, "attention.key_norm.")):
         return min(tp, model.attention.num_kv_heads)
     return tp
-
-
-def is_mixture(model: ModelSpec, layer: int) -> bool:
-    return isinstance(model.mlp_of(layer), MoeSpec)
