@@ -107,7 +107,9 @@ def test_what_was_half_written_goes_at_the_next_start(tmp_path: Path) -> None:
     ranks[1][0].join()
     for i in (0, 2):
         assert ranks[i][1].recv() == "writing"
-    (half,) = wait_for(lambda: [path for path in directory.iterdir() if (path / "part-00002.json").exists()])
+    # `glob` finds nothing, and raises nothing, as long as no rank has made the directory.
+    (part,) = wait_for(lambda: list(directory.glob("*/part-00002.json")))
+    half = part.parent
     for i in (0, 2):
         ranks[i][0].kill()
         ranks[i][0].join()
