@@ -16,10 +16,10 @@ train: install            ## train the default run: about three minutes, then a 
 	$(BIN)/colossus train
 
 test: install             ## the tests that take minutes
-	$(BIN)/python -m pytest -m 'not slow and not timed'
+	$(BIN)/python -m pytest -m 'not slow'
 
 test-all: install         ## these, and the slow ones
-	$(BIN)/python -m pytest -m 'not timed'
+	$(BIN)/python -m pytest
 
 check: install            ## what a change must pass besides its tests
 	$(BIN)/ruff check .

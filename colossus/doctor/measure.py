@@ -21,6 +21,7 @@ from colossus.models.attend import attend, attention_bias
 from colossus.models.parts import GATED, PLAIN, LayerNorm, RmsNorm
 from colossus.models.positions import Rope, rotate
 from colossus.optim import gradient_norm
+from colossus.parallel.collectives import Team, all_gather, reduce_scatter
 from colossus.spec.model import LayerNormSpec, NormSpec, RopeSpec
 from colossus.trainer.machine import spells
 from colossus.trainer.precision import DTYPES
@@ -44,6 +45,12 @@ WIDTH = 512
 """Of what is normed or looked up."""
 MESSAGES = (2**10, 2**14, 2**17, 2**20, 2**23, 2**25)
 """Bytes of a collective."""
+EXCHANGES = 8
+"""Collectives in a spell."""
+WORK_S, WORK_WIDTH = {"cpu": 0.01, "cuda": 0.0002}, 256
+"""What ranks compute between two of them: matmuls of square matrices."""
+LEAST_SHARE = 1e-3
+"""Of work and exchange together, in case the exchange is lost in the spread of the work."""
 CHAIN = 4
 """Operations one after the other in one pass, so that starting a backward pass counts a fourth."""
 
@@ -338,74 +345,87 @@ def memory_bytes_per_s(records: Records) -> float:
 
 
 def measure_collectives(records: Records, messages: Sequence[int] = MESSAGES) -> None:
-    """On the clock on the wall: ranks wait for each other, and waiting takes no time of a CPU."""
+    """On the clock on the wall: ranks wait for each other, and waiting takes no time of a CPU.
+
+    Between two exchanges the ranks compute, as in a step, and what they take without exchanges is subtracted. One after
+    the other, exchanges look cheaper: the threads that carry them then find a core free, and ranks need not wait for
+    the one that computes longest.
+    """
     num_ranks, rank = dist.get_world_size(), dist.get_rank()
+    team = Team("group", rank, tuple(range(num_ranks)), dist.group.WORLD)
+    work = _work(records)
     for collective, run in _COLLECTIVES.items():
         times = []
         for size in messages:
-            numbers = size // 4 // num_ranks * num_ranks
-            whole = torch.ones(numbers, device=records.kind)
-            part = torch.ones(numbers // num_ranks, device=records.kind)
-            times.append(records.median(_wall_spells(records, partial(run, whole, part, rank, num_ranks))))
+            numbers = size // 4 // (2 * num_ranks) * num_ranks
+            whole = torch.ones(2, numbers, device=records.kind)
+            part = torch.ones(2, numbers // num_ranks, device=records.kind)
+            times.append(records.median(_exchange_spells(records, work, partial(run, whole, part, team))))
         records.collectives.append(
             {"kind": collective, "backend": dist.get_backend(), "num_ranks": num_ranks,
              "sizes": list(messages), "seconds": times}
         )  # fmt: skip
 
 
-def _wall_spells(records: Records, run: Callable[[], object]) -> list[float]:
-    run()
-    records.meet()
-    started = time.perf_counter()
-    run()
-    # All ranks run equally often: each takes the count that rank 0 found.
-    count = torch.tensor(
-        [max(2, round(0.02 / max(time.perf_counter() - started, 1e-5)))], device=records.kind
-    )
+def _work(records: Records) -> Callable[[], None]:
+    """Some WORK_S of matmuls, as many on every rank."""
+    a, b = _random(records, WORK_WIDTH, WORK_WIDTH), _random(records, WORK_WIDTH, WORK_WIDTH)
+    one_s = spells(lambda: a @ b, records.kind, num_spells=1, spell_s=0.01)[0]
+    count = torch.tensor([max(1, round(WORK_S[records.kind] / one_s))], device=records.kind)
     dist.broadcast(count, 0)
+    times = int(count)
+
+    def work() -> None:
+        for _ in range(times):
+            a @ b
+
+    return work
+
+
+def _exchange_spells(records: Records, work: Callable[[], None], run: Callable[[], object]) -> list[float]:
+    def both() -> None:
+        work()
+        run()
+
+    both()
     times = []
     for _ in range(records.num_spells):
-        records.meet()
-        if records.kind == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(int(count)):
-            run()
-        if records.kind == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) / int(count))
+        alone_s, both_s = (_wall_s(records, part) for part in (work, both))
+        times.append(max(both_s - alone_s, LEAST_SHARE * both_s))
     return times
 
 
-def _send(whole: Tensor, part: Tensor, rank: int, num_ranks: int) -> None:
+def _wall_s(records: Records, run: Callable[[], object]) -> float:
+    """Seconds of one of EXCHANGES runs, which all ranks start together."""
+    records.meet()
+    if records.kind == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(EXCHANGES):
+        run()
+    if records.kind == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / EXCHANGES
+
+
+def _send(whole: Tensor, part: Tensor, team: Team) -> None:
     """Round the ring: each rank sends to the next one and receives from the one before."""
     received = torch.empty_like(whole)
     operations = [
-        dist.P2POp(dist.isend, whole, (rank + 1) % num_ranks),
-        dist.P2POp(dist.irecv, received, (rank - 1) % num_ranks),
+        dist.P2POp(dist.isend, whole, (team.place + 1) % team.size),
+        dist.P2POp(dist.irecv, received, (team.place - 1) % team.size),
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
 
 
-def _all_gather(whole: Tensor, part: Tensor, rank: int, num_ranks: int) -> None:
-    _named("all_gather_single", "all_gather_into_tensor")(whole, part)
-
-
-def _reduce_scatter(whole: Tensor, part: Tensor, rank: int, num_ranks: int) -> None:
-    _named("reduce_scatter_single", "reduce_scatter_tensor")(part, whole)
-
-
-def _named(new: str, old: str) -> Callable[..., Any]:
-    """Torch 2.13 renamed two collectives."""
-    return getattr(dist, new, None) or getattr(dist, old)  # type: ignore[no-any-return]
-
-
-_COLLECTIVES: dict[str, Callable[[Tensor, Tensor, int, int], None]] = {
-    "all_reduce": lambda whole, part, rank, num_ranks: dist.all_reduce(whole),
-    "all_gather": _all_gather,
-    "reduce_scatter": _reduce_scatter,
-    "all_to_all": lambda whole, part, rank, num_ranks: dist.all_to_all_single(torch.empty_like(whole), whole),
+_COLLECTIVES: dict[str, Callable[[Tensor, Tensor, Team], object]] = {
+    "all_reduce": lambda whole, part, team: dist.all_reduce(whole),
+    "all_gather": lambda whole, part, team: all_gather(part, 1, team),
+    "reduce_scatter": lambda whole, part, team: reduce_scatter(whole, 1, team),
+    "all_to_all": lambda whole, part, team: dist.all_to_all_single(
+        torch.empty(whole.numel(), device=whole.device), whole.flatten()
+    ),
     "send": _send,
 }
 

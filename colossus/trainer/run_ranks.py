@@ -285,7 +285,8 @@ def rank_plan_of(config: RunConfig, plan: Plan, job: Job, rank: int, machine: Ma
     held = pool.memory_bytes
     known = ("weights", "gradients", "optimizer", "activations", "loss")
     memory = Memory(
-        baseline_bytes=held.get("context", 0),
+        # Beside the model: the plan knows what a GPU's context takes, and the process what it holds itself.
+        baseline_bytes=held.get("context", 0) if machine.kind == "cuda" else machine.baseline_bytes,
         weight_bytes=held.get("weights", 0),
         gradient_bytes=held.get("gradients", 0),
         optimizer_bytes=held.get("optimizer", 0),

@@ -30,13 +30,29 @@ LAYOUTS: dict[str, tuple[Layout, int]] = {
 """With how many ranks share each expert."""
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", zoo.names())
+def _can_be_split(model: ModelSpec, layout: Layout, expert_tp: int) -> bool:
+    """Whether it has enough heads and experts."""
+    attention = model.attention
+    if attention.num_heads % layout.tp:
+        return False
+    experts = {group.mlp.num_experts for group in model.layer_groups() if isinstance(group.mlp, MoeSpec)}
+    return (
+        all(count % layout.ep == 0 for count in experts) and layout.stage_ranks % (layout.ep * expert_tp) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (name, layout)
+        for name in zoo.names()
+        for layout, (axes, expert_tp) in LAYOUTS.items()
+        if _can_be_split(zoo.find(name), axes, expert_tp)
+    ],
+)
 def test_boxes_of_a_group_are_the_whole_model(name: str, layout: str) -> None:
     """Counted over the ranks of one replica group, each box once however many ranks hold it."""
     model, (axes, expert_tp) = zoo.find(name), LAYOUTS[layout]
-    if not _can_be_split(model, axes, expert_tp):
-        pytest.skip("not so many heads, channels or experts")
     table = sharding_table(model, axes, expert_tp)
     ranks = range(axes.num_ranks - axes.group_ranks, axes.num_ranks)  # the last group
     counted = 0
@@ -59,16 +75,6 @@ def _parameters(model: ModelSpec) -> Any:
                 p for p in model.parameters() if p.name == f"layers.{group.first_layer}.{parameter.name}"
             )
             yield full, group.num_layers
-
-
-def _can_be_split(model: ModelSpec, layout: Layout, expert_tp: int) -> bool:
-    attention = model.attention
-    if attention.num_heads % layout.tp:
-        return False
-    experts = {group.mlp.num_experts for group in model.layer_groups() if isinstance(group.mlp, MoeSpec)}
-    return (
-        all(count % layout.ep == 0 for count in experts) and layout.stage_ranks % (layout.ep * expert_tp) == 0
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,96 +1,97 @@
-"""Replica groups of unequal speed, one of them slowed: with shares to match, they finish their steps together."""
+"""Two replica groups, held to unequal shares of a core by the kernel: as the planner splits the batch between them,
+they train what one process trains. (How long they wait for each other, benchmarks/unequal_groups.py measures.)"""
 
-import json
-import statistics
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from colossus.hardware import parse_fleet
+from colossus.planner.plan import make_plan
+from colossus.spec.fleet import Fabric, Fleet, Pool, Tier
+from colossus.spec.goal import Goal
 from colossus.spec.job import Share
-from tests.stories.processes import PLAIN
-from tests.stories.rank_runs import Ranks
+from colossus.spec.plan import Plan
+from tests.stories.rank_runs import TWO_LAYERS, Ranks
+from tests.stories.test_ranks_layouts import losses
 
-NUM_STEPS, NUM_SEQUENCES = 20, 12
-MODEL = PLAIN.model_copy(
-    update={
-        "context_tokens": 64,
-        "num_layers": 4,
-        "hidden_size": 128,
-        "mlp": PLAIN.mlp.model_copy(update={"intermediate_size": 512}),
-    }
-)
+LIMITS, MOST_SEQUENCES, SEQUENCE_TOKENS, NUM_STEPS = (0.6, 0.3), 12, 32, 8
+SETTINGS = (f"budget={NUM_STEPS} steps", "checkpoints.every=1000 steps", "evaluation.every=1000 steps")
+CGROUPS = Path("/sys/fs/cgroup/cpu")
 
-CLOCKS = """
-import json
-from colossus.parallel import pipeline, rank_model
+HELD = """
+from colossus.parallel import rank_model
 
-if rank == 1:  # in proportion to what its work takes, however much else this machine has to do
-    train = pipeline.Pipeline.train
+accumulate = rank_model.RankModel.accumulate
 
-    def three_times_as_long(*arguments):
-        started = time.perf_counter()
-        train(*arguments)
-        time.sleep(2 * (time.perf_counter() - started))
-
-    pipeline.Pipeline.train = three_times_as_long
-
-accumulate, sum_gradients = rank_model.RankModel.accumulate, rank_model.sum_gradients
-started = [0.0]
-
-def starting(*arguments):
-    started[0] = time.perf_counter()
+def held(*arguments):
+    with open(f"{folder}-{{rank}}/cgroup.procs", "w") as group:
+        print(os.getpid(), file=group)
     return accumulate(*arguments)
 
-def summing(*arguments, **named):
-    busy = time.perf_counter()
-    sum_gradients(*arguments, **named)
-    with open(f"{sys.argv[1]}/logs/clock-{rank}", "a") as file:
-        print(json.dumps([busy - started[0], time.perf_counter() - busy]), file=file)
-
-rank_model.RankModel.accumulate, rank_model.sum_gradients = starting, summing
+rank_model.RankModel.accumulate = held
 """
 
 
-class Times(NamedTuple):
-    """Of a replica group's steps, the median: at work, and waiting for the others in the sum of gradients."""
+@pytest.fixture
+def limits(tmp_path: Path) -> Iterator[Path]:
+    """The kernel's groups of processes with a limit each: this path with the rank's number behind it."""
+    folder = CGROUPS / f"colossus-{os.getpid()}"
+    groups = [Path(f"{folder}-{rank}") for rank in range(len(LIMITS))]
+    try:
+        for group, share in zip(groups, LIMITS, strict=True):
+            group.mkdir()
+            (group / "cpu.cfs_period_us").write_text("20000")
+            (group / "cpu.cfs_quota_us").write_text(str(round(20000 * share)))
+    except OSError as error:
+        pytest.skip(f"the limits are set by root in cgroups of version 1: {error}")
+    yield folder
+    for group in groups:
+        group.rmdir()
 
-    busy_s: float
-    waiting_s: float
 
-    @property
-    def waiting_share(self) -> float:
-        return self.waiting_s / (self.busy_s + self.waiting_s)
+def unequal_fleet() -> Fleet:
+    """Two machines of one core, as fast as LIMITS leave them."""
+    laptop = parse_fleet("laptop:1")
+    node = laptop.pools[0].node
+    pools = []
+    for number, share in enumerate(LIMITS):
+        peaks = {name: rate * share for name, rate in node.chip.peak_flops.items()}
+        chip = node.chip.model_copy(update={"name": f"core-{number}", "peak_flops": peaks,
+                                            "memory_bandwidth": node.chip.memory_bandwidth * share})  # fmt: skip
+        pools.append(
+            Pool(node=node.model_copy(update={"name": f"machine-{number}", "chip": chip}), num_nodes=1)
+        )
+    fabric = Fabric(
+        name="two-machines", source="invented", kind="ethernet", switch_ports=2, efficiency=1.0,
+        tiers=(Tier(name="switch", num_chips=2, latency_s=1e-4),),
+    )  # fmt: skip
+    return laptop.model_copy(update={"pools": tuple(pools), "fabric": fabric})
 
 
-@pytest.mark.timed
-def test_groups_of_unequal_speed(tmp_path: Path) -> None:
-    """An equal split leaves the fast group waiting. Shares to the speeds that it shows do not."""
-    ranks = Ranks(tmp_path, (f"budget={NUM_STEPS} steps", "evaluation.every=1000 steps"), MODEL)
-    half = NUM_SEQUENCES // 2
-    fast, slow = trained(ranks, "equal", half, half)
-    assert fast.busy_s < 0.75 * slow.busy_s
-    assert fast.waiting_share > 0.25
+def split(plan: Plan) -> list[int]:
+    return [pool.micro_batch_sequences * pool.num_micro_batches for pool in plan.pools]
 
-    share = min(
-        range(1, NUM_SEQUENCES),
-        key=lambda n: max(n * fast.busy_s / half, (NUM_SEQUENCES - n) * slow.busy_s / half),
+
+@pytest.mark.slow
+def test_the_planners_split_between_unequal_groups(tmp_path: Path, limits: Path) -> None:
+    goal = Goal(
+        tokens=10**6,
+        max_global_batch_sequences=MOST_SEQUENCES,
+        fixed={"tp": 1, "pp": 1, "cp": 1, "shard": 1, "precision": "float32"},
     )
-    assert share > half
-    fast_again, slow_again = trained(ranks, "shares", share, NUM_SEQUENCES - share)
-    assert fast_again.waiting_s < 0.5 * fast.waiting_s
-    assert max(fast_again.busy_s, slow_again.busy_s) < 0.9 * slow.busy_s
+    plan = make_plan(TWO_LAYERS, unequal_fleet(), goal, sequence_tokens=SEQUENCE_TOKENS).plan
+    fast, slow = split(plan)
+    assert fast > slow
+    (tmp_path / "planned.json").write_text(plan.to_json())
 
-
-def trained(ranks: Ranks, name: str, *sequences: int) -> list[Times]:
-    """A run of two groups with so many sequences each in a step; the second one takes three times as long for each."""
-    shares = tuple(Share(num_micro_batches=count) for count in sequences)
-    plan = ranks.plan(name, replica=2, shares=shares, sequence_tokens=64)
-    run = ranks.run(name)
-    ranks.colossus(*ranks.new(name, plan), in_ranks=CLOCKS)
-    return [_times(run.path / "logs" / f"clock-{rank}") for rank in range(2)]
-
-
-def _times(path: Path) -> Times:
-    lines = [json.loads(line) for line in path.read_text().splitlines()][2:]
-    return Times(*(statistics.median(column) for column in zip(*lines, strict=True)))
+    ranks = Ranks(tmp_path, SETTINGS, TWO_LAYERS)
+    whole = ranks.plan("one", shares=(Share(num_micro_batches=fast + slow),), sequence_tokens=SEQUENCE_TOKENS)
+    ranks.colossus(*ranks.new("one", whole))
+    ranks.colossus(*ranks.new("two", str(tmp_path / "planned.json")), in_ranks=HELD.format(folder=limits))
+    for rank in range(len(LIMITS)):
+        said = Path(f"{limits}-{rank}/cpu.stat").read_text().split()
+        assert int(said[said.index("nr_throttled") + 1]) > 0  # the kernel did hold it back
+    assert len(losses(ranks.run("two"))) == NUM_STEPS
+    assert losses(ranks.run("two")) == pytest.approx(losses(ranks.run("one")), rel=2e-5)

@@ -23,7 +23,7 @@ def matmul_s(
     *,
     groups: Array | float = 1.0,
     wide: bool = False,
-    output_bytes: Array | float = 2.0,
+    output_bytes: Array | float | None = None,
 ) -> Array:
     """Seconds of `groups` products (rows × inner)·(inner × columns).
 
@@ -43,7 +43,8 @@ def matmul_s(
     rounding = (np.ceil(waves) / waves) ** constants.wave_quantisation
     padded = (np.ceil(rows / 16) * 16) * (np.ceil(columns / 16) * 16)
     flops_s = 2.0 * groups * padded * inner * rounding / rate
-    element = 2.0 if wide else 2.0 - hardware.narrow
+    element = hardware.activation_bytes - (0.0 if wide else hardware.narrow)
+    output_bytes = hardware.activation_bytes if output_bytes is None else output_bytes
     written_s = memory_s(groups * output_bytes * rows * columns, hardware, constants)
     read_s = memory_s(groups * element * inner * (rows + columns), hardware, constants)
     return (
@@ -66,7 +67,7 @@ def linear_s(
     *,
     groups: Array | float = 1.0,
     wide: bool = False,
-    gradient_bytes: Array | float = 2.0,
+    gradient_bytes: Array | float | None = None,
 ) -> tuple[Array, Array]:
     """Seconds of a linear layer, (forward, backward); backward is the gradient of its input and of its weight.
 
@@ -107,8 +108,8 @@ def attention_s(
 
     Fused kernels skip the masked half and keep scores on the chip; their backward computes the scores again:
     five products for the forward's two. Unfused ones compute the whole square (twice the mean of a causal
-    mask) and pass over it in memory: about 5 times forward and 6 backward, in 2 bytes, and `score_traffic`
-    times that where the softmax is not fused either.
+    mask) and pass over it in memory: about 5 times forward and 6 backward, and
+    `score_traffic` times that where the softmax is not fused either.
     """
     if hardware.measured is not None:
         return hardware.measured.attention_s(tokens, sequence, heads, query / heads, hardware.dtype)
@@ -120,7 +121,7 @@ def attention_s(
     narrow_head = (head / (head + constants.half_head)) / (128.0 / (128.0 + constants.half_head))
     fused_s = products / (rate * narrow_head)
     square = 2.0 * keys
-    scores = 2.0 * heads * tokens * square
+    scores = hardware.activation_bytes * heads * tokens * square
     unfused_rate = hardware.wide_flops * np.minimum(constants.wide_matmul * clock, 1.0)
     unfused_s = 2.0 * products / unfused_rate * np.where(head % 8.0 == 0.0, 1.0, MISALIGNED)
     passes = memory_s(scores * constants.score_passes * score_traffic, hardware, constants)

@@ -85,6 +85,8 @@ class Hardware(Columns):
     """Dense, in 16 bits: attention and the head, whatever the other matmuls run in."""
     narrow: Array
     """1 where matmuls run in 8 bits or fewer: tensors are cast and their scales found."""
+    activation_bytes: Array
+    """Bytes per element of what modules hand each other: 4 in float32, else 2."""
     memory_bandwidth: Array
     num_cores: Array
     power_share: Array
@@ -120,6 +122,7 @@ class Hardware(Columns):
                     "peak_flops": chip.peak_flops[precision],
                     "wide_flops": chip.peak_flops[wide],
                     "narrow": precision in NARROW,
+                    "activation_bytes": 4.0 if precision == "float32" else 2.0,
                     "memory_bandwidth": chip.memory_bandwidth,
                     "num_cores": chip.num_cores,
                     "power_share": min(1.0, chip.power_watts / USUAL_POWER_WATTS.get(chip.generation, 1.0)),

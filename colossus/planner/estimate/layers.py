@@ -126,13 +126,13 @@ def choose(index: Array, *values: Array | float) -> Array:
     return np.asarray(np.select([index == i for i in range(len(values))], values))
 
 
-def gradient_traffic(x: Execution) -> Array:
+def gradient_traffic(x: Execution, hardware: Hardware) -> Array:
     """Bytes per weight by which its gradient's matmul passes memory.
 
-    Where one kernel adds it to the micro-batches' sum, that is read and written; else it is written in 2 bytes
+    Where one kernel adds it to the micro-batches' sum, that is read and written; else it is written once
     (and added by a pass of its own, `accumulated_bytes`).
     """
-    return np.where(x.few_launches > 0, 2.0 * x.gradient_bytes, 2.0)
+    return np.where(x.few_launches > 0, 2.0 * x.gradient_bytes, hardware.activation_bytes)
 
 
 def _embedding_s(
@@ -140,13 +140,14 @@ def _embedding_s(
 ) -> Array:
     """Seconds of what comes before the first layer, for one micro-batch, forward and backward."""
     if hardware.measured is not None:
-        return measured_entry_s(shape, x, tokens, local, hardware.measured, hardware.dtype)
-    return memory_s(2.0 * local * shape.hidden * 6.0, hardware, c)
+        return measured_entry_s(shape, x, tokens, local, hardware, c)
+    return memory_s(hardware.activation_bytes * local * shape.hidden * 6.0, hardware, c)
 
 
-def accumulated_bytes(x: Execution) -> Array:
+def accumulated_bytes(x: Execution, hardware: Hardware) -> Array:
     """Bytes per weight of a pass that adds a gradient to its sum; shards of sums are too small to count."""
-    return np.where((x.few_launches == 0) & (x.sharding < 3), 2.0 + 2.0 * x.gradient_bytes, 0.0)
+    moved = hardware.activation_bytes + 2.0 * x.gradient_bytes
+    return np.where((x.few_launches == 0) & (x.sharding < 3), moved, 0.0)
 
 
 def layer_weights(shape: ModelShape, x: Execution) -> Array:
@@ -171,8 +172,8 @@ def head_s(shape: ModelShape, x: Execution, hardware: Hardware, c: Constants) ->
     """Seconds of logits, loss and their gradients for one micro-batch, split over tensor-parallel ranks."""
     tokens = x.micro_batch * x.sequence / x.cp
     if hardware.measured is not None:
-        return measured_loss_s(shape, x, tokens, hardware.measured, hardware.dtype)
-    traffic = gradient_traffic(x)
+        return measured_loss_s(shape, x, tokens, hardware, c)
+    traffic = gradient_traffic(x, hardware)
     forward, backward = linear_s(
         tokens, shape.vocab / x.tp, shape.hidden, hardware, c, wide=True, gradient_bytes=traffic
     )
@@ -185,7 +186,7 @@ Passes = tuple[Array, Array]
 
 def _matmuls(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants) -> Passes:
     """Projections of attention and MLPs; a size of 0 takes no time."""
-    traffic = gradient_traffic(x)
+    traffic = gradient_traffic(x, hardware)
     one = np.ones_like(tokens * x.tp)
     forward, backward = np.zeros(()), np.zeros(())
 
@@ -217,7 +218,7 @@ def _experts(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware,
     has = shape.experts > 0
     if not np.any(has):
         return np.zeros(()), np.zeros(())
-    traffic = gradient_traffic(x)
+    traffic = gradient_traffic(x, hardware)
     local = tokens / np.where(x.sequence_parallel > 0, x.tp, 1.0)
     routed = tokens / x.tp * x.expert_tp * shape.top_k
     own = np.maximum(shape.experts / x.ep, 1.0)
@@ -228,9 +229,9 @@ def _experts(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware,
     up = linear_s(rows, outputs, hidden, hardware, c, groups=own, gradient_bytes=traffic)
     down = linear_s(rows, hidden, size, hardware, c, groups=own, gradient_bytes=traffic)
     router = linear_s(local, np.maximum(shape.experts, 1.0), shape.hidden, hardware, c, wide=True)
-    moved = memory_s(2.0 * routed * shape.hidden * c.expert_passes, hardware, c)
+    moved = memory_s(hardware.activation_bytes * routed * shape.hidden * c.expert_passes, hardware, c)
     unfused = np.where(x.fused > 0, 1.0, c.unfused)
-    gates = memory_s(2.0 * routed * size * shape.mlp_matrices * unfused, hardware, c)
+    gates = memory_s(hardware.activation_bytes * routed * size * shape.mlp_matrices * unfused, hardware, c)
     share = np.where(has, shape.expert_layers / shape.layers, 0.0)
     forward, backward = (
         share * (up[i] + down[i] + router[i] + (1.0 + i) * (moved + gates) + c.expert_sync_s) for i in (0, 1)
@@ -262,7 +263,7 @@ def _attention(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardwar
 
 
 def _elementwise(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants) -> Passes:
-    """Norms, residual sums, rotations, activations, in 2 bytes; backward passes over memory twice as often."""
+    """Norms, residual sums, rotations, activations; backward passes over memory twice as often."""
     local = tokens / np.where(x.sequence_parallel > 0, x.tp, 1.0)
     if hardware.measured is not None:
         return measured_elementwise_s(shape, x, tokens, local, hardware.measured, hardware.dtype)
@@ -270,7 +271,7 @@ def _elementwise(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardw
     norms = (c.hidden_passes + 2.0 * (shape.norms - 2.0)) * np.where(x.fused > 0, 1.0, c.unfused_norm)
     gates = (dense * shape.mlp + (1.0 - dense) * shape.shared) * shape.mlp_matrices
     split = ((shape.query + shape.key) * 2.0 + gates) / x.tp * np.where(x.fused > 0, 1.0, c.unfused)
-    once = memory_s(2.0 * (local * shape.hidden * norms + tokens * split), hardware, c)
+    once = memory_s(hardware.activation_bytes * (local * shape.hidden * norms + tokens * split), hardware, c)
     return once, 2.0 * once
 
 
@@ -278,11 +279,11 @@ def _tensor(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, 
     """Exposed seconds of tensor-parallel collectives in one pass: gather before, scatter after each block.
 
     With whole tensors it is a sum, which is both. What is gathered is in 8 bits where matmuls take it so; sums
-    are in 16. Experts that are split gather and scatter every copy of a token.
+    are not. Experts that are split gather and scatter every copy of a token.
     """
     dense = shape.dense_layers / shape.layers
     blocks = 1.0 + dense + (1.0 - dense) * ((x.expert_tp > 1) * shape.top_k + (shape.shared > 0))
-    activation = 2.0 * tokens * shape.hidden * (1.0 - hardware.narrow / 4.0)
+    activation = hardware.activation_bytes * tokens * shape.hidden * (1.0 - hardware.narrow / 4.0)
     both = 2.0 * network.ring_s(activation, x.tp, np.ones(()), hardware, c)
     return blocks * both * (1.0 - c.tensor_hidden * x.overlap_tensor)
 
@@ -314,7 +315,7 @@ def _exchanges(
     c: Constants,
 ) -> tuple[Array, Array, Array]:
     """By EXCHANGES; the backward pass exchanges gradients too. All-to-all needs a head for every rank."""
-    keys_values = 2.0 * tokens * (shape.key + shape.value) / x.tp
+    keys_values = hardware.activation_bytes * tokens * (shape.key + shape.value) / x.tp
     once = (x.cp - 1.0) * network.send_s(keys_values, x.cp, x.tp, hardware, c)
     left = 1.0 - c.context_hidden
     forward = np.maximum(once * left, once - attention[0])
@@ -322,7 +323,13 @@ def _exchanges(
     gather = network.ring_s(keys_values * x.cp, x.cp, x.tp, hardware, c)
     trade = sum(
         network.all_to_all_s(
-            2.0 * tokens * width / x.tp, x.cp, x.tp, hardware, c, copies=np.ones(()), one_copy=np.zeros(())
+            hardware.activation_bytes * tokens * width / x.tp,
+            x.cp,
+            x.tp,
+            hardware,
+            c,
+            copies=np.ones(()),
+            one_copy=np.zeros(()),
         )
         for width in (shape.query + shape.key + shape.value, shape.attended)
     )
@@ -352,7 +359,7 @@ def _dispatch(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware
     if not np.any(shape.experts > 0):
         return np.zeros(())
     there = network.all_to_all_s(
-        2.0 * tokens / x.tp * shape.top_k * shape.hidden,
+        hardware.activation_bytes * tokens / x.tp * shape.top_k * shape.hidden,
         x.ep,
         x.expert_tp,
         hardware,

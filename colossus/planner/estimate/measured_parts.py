@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from colossus.planner.estimate import network
 from colossus.planner.estimate.columns import Array
-from colossus.planner.estimate.execution import Execution
+from colossus.planner.estimate.constants import Constants
+from colossus.planner.estimate.execution import Execution, Hardware
 from colossus.planner.estimate.measured import LEAST_CHUNK_TOKENS, LOSS_CACHE_BYTES, MeasuredRates
 from colossus.planner.estimate.shape import ModelShape
 
@@ -43,30 +45,39 @@ def measured_elementwise_s(
 
 
 def measured_entry_s(
-    shape: ModelShape, x: Execution, tokens: Array, local: Array, rates: MeasuredRates, dtype: Array
+    shape: ModelShape, x: Execution, tokens: Array, local: Array, hardware: Hardware, c: Constants
 ) -> Array:
     """Seconds of embedding a micro-batch, of its gradient (a whole table), and of who sees whom."""
+    rates, dtype = _rates(hardware), hardware.dtype
     table = shape.embedding_weights / x.tp
     return np.asarray(
         rates.operation_s("embedding", local * shape.hidden, dtype)
         + rates.operation_s("accumulate", table, dtype)
         + rates.operation_s("visibility", tokens * x.sequence, dtype)
         + rates.operation_s("norm", local * shape.hidden, dtype)  # the last one, ahead of the head
+        + _team_s(shape, x, tokens, hardware, c)
     )
 
 
 def measured_loss_s(
-    shape: ModelShape, x: Execution, tokens: Array, rates: MeasuredRates, dtype: Array
+    shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants
 ) -> Array:
-    """Seconds of the loss of a micro-batch, chunk by chunk: logits, loss, both gradients, each chunk's added."""
+    """Seconds of the loss of a micro-batch, chunk by chunk: logits, loss, both gradients, each chunk's added.
+
+    Tensor-parallel ranks exchange hidden states once, and of each chunk's tokens the greatest logit and two sums.
+    """
+    rates, dtype = _rates(hardware), hardware.dtype
     vocabulary = shape.vocab / x.tp
     chunk = np.minimum(np.maximum(LOSS_CACHE_BYTES / (4.0 * vocabulary), LEAST_CHUNK_TOKENS), tokens)
     chunks = tokens / chunk
     weights = vocabulary * shape.hidden
     forward, backward = rates.linear_s(chunk, vocabulary, shape.hidden, 1.0, dtype)
     added = rates.operation_s("head_gradient", weights, dtype)
+    one = np.ones(())
+    agreed = sum(network.all_reduce_s(size * chunk, x.tp, one, hardware, c) for size in (4.0, 8.0))
     return np.asarray(
-        chunks * (forward + backward + added)
+        chunks * (forward + backward + added + agreed)
+        + _team_s(shape, x, tokens, hardware, c)
         + rates.operation_s("loss", tokens * vocabulary, dtype)
         + rates.operation_s("cast", weights, dtype)
         + rates.operation_s("accumulate", weights, dtype)  # scaled, once all chunks are there
@@ -80,3 +91,15 @@ def measured_gradients_s(x: Execution, weights: Array, rates: MeasuredRates, dty
     return np.asarray(
         rates.operation_s("cast", weights, dtype) + later * rates.operation_s("accumulate", weights, dtype)
     )
+
+
+def _team_s(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants) -> Array:
+    """Seconds in which tensor-parallel ranks gather hidden states one way and scatter them the other way."""
+    return 2.0 * network.ring_s(
+        hardware.activation_bytes * tokens * shape.hidden, x.tp, np.ones(()), hardware, c
+    )
+
+
+def _rates(hardware: Hardware) -> MeasuredRates:
+    assert hardware.measured is not None
+    return hardware.measured

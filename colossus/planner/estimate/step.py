@@ -77,7 +77,7 @@ def step_parts_of(
     """The same from the times of the candidates' layers, where many candidates share them (`unique_layers`)."""
     x, c = execution, constants
     weights = layer_weights(shape, x)
-    accumulate = memory_s(accumulated_bytes(x) * weights, hardware, c) * c.stack
+    accumulate = memory_s(accumulated_bytes(x, hardware) * weights, hardware, c) * c.stack
     if hardware.measured is not None:
         accumulate = measured_gradients_s(x, weights, hardware.measured, hardware.dtype)
     busy = layers.busy_s + accumulate
@@ -139,7 +139,7 @@ def _kept(x: Execution) -> npt.NDArray[np.bool_]:
 
 def _weight_bytes(hardware: Hardware) -> Array:
     """Bytes of a gathered weight: what matmuls take."""
-    return 2.0 - hardware.narrow
+    return hardware.activation_bytes - hardware.narrow
 
 
 def _sharded_s(x: Execution, weights: Array, busy: Array, hardware: Hardware, c: Constants) -> Array:
@@ -163,7 +163,7 @@ def _pipeline_s(shape: ModelShape, x: Execution, hardware: Hardware, c: Constant
     """
     if not np.any(x.pp > 1):
         return np.zeros(())
-    message = 2.0 * x.micro_batch * x.sequence / x.cp * shape.hidden
+    message = hardware.activation_bytes * x.micro_batch * x.sequence / x.cp * shape.hidden
     message = message / np.where(x.sequence_parallel > 0, x.tp, 1.0)
     stride = x.tp * x.cp * x.data
     host = c.hop_s * np.where(x.few_launches > 0, c.launch_fused, 1.0)

@@ -71,16 +71,17 @@ def held_chips(plan: Plan) -> int:
 
 
 def domain_bound(plan: Plan) -> str:
-    """How tp stands to the NVLink domain."""
+    """How tp stands to the chips that its exchanges stay among."""
     tp = plan.layout.tp
     domain = min(pool.node.scale_up_chips for pool in plan.fleet.pools)
     node = next(pool.node for pool in plan.fleet.pools if pool.node.scale_up_chips == domain)
     links = f"{node.scale_up_bandwidth / 1e9:.0f} GB/s inside, {node.nic_bandwidth / 1e9:.0f} outside"
+    name = "machine" if node.chip.generation == "cpu" else "NVLink domain"
     if tp > domain:
-        return f"tp {tp} crosses the NVLink domain of {domain} chips ({links})"
+        return f"tp {tp} crosses the {name} of {domain} chips ({links})"
     if tp == domain:
-        return f"tp {tp} fills the NVLink domain, and more would leave it ({links})"
-    return f"tp {tp} stays within the NVLink domain of {domain} chips"
+        return f"tp {tp} fills the {name}, and more would leave it ({links})"
+    return f"tp {tp} stays within the {name} of {domain} chips"
 
 
 def limit_text(share: PoolShare) -> str:
