@@ -56,6 +56,8 @@ from colossus.trainer.state import AnyState, TrainState
 SEQUENCE_TOKENS = 128
 """Short: what a step costs beside its arithmetic then shows most."""
 MOST_STEPS = 10_000
+WARM_UP_STEPS = 6
+"""Of either side: the heap that both share takes pages anew in the first four steps or so, and ours more of them."""
 AGREE = 1e-4
 """Relative difference of losses that the order of sums may make within a few tens of steps."""
 
@@ -239,16 +241,16 @@ def take(side: Side) -> Step:
 
 
 def turns(ours: Side, plain: Side, repetitions: int) -> list[tuple[Step, Step]]:
-    """(ours, plainer) of each repetition, after two that warm up."""
+    """(ours, plainer) of each repetition, after those that warm up."""
     pairs = []
-    for number in range(repetitions + 2):
+    for number in range(WARM_UP_STEPS + repetitions):
         sides = [ours, plain] if number % 2 == 0 else [plain, ours]
         taken = [take(side) for side in sides]
         mine, other = taken if number % 2 == 0 else taken[::-1]
         if not abs(mine.loss - other.loss) < AGREE * other.loss:
             raise SystemExit(f"step {number}: the losses are {mine.loss} and {other.loss}: not the same work")
         pairs.append((mine, other))
-    return pairs[2:]
+    return pairs[WARM_UP_STEPS:]
 
 
 def one(model: ModelSpec, micro_batches: int, repetitions: int) -> list[tuple[Step, Step]]:

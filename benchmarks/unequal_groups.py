@@ -42,13 +42,13 @@ PERIOD_US = 20_000
 MODEL = ModelSpec(
     name="unequal",
     vocab_size=4096,
-    context_tokens=256,
+    context_tokens=512,
     num_layers=4,
     hidden_size=256,
     attention=AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=64),
     mlp=MlpSpec(intermediate_size=672, activation="swiglu"),
 )
-SEQUENCES, SEQUENCE_TOKENS, NUM_STEPS, WARM_UP_STEPS = 12, 256, 16, 4
+SEQUENCES, SEQUENCE_TOKENS, NUM_STEPS, WARM_UP_STEPS = 12, 512, 10, 3
 TEXT = Path(colossus.__file__).parent / "spec"
 """What is trained on: little, so that the closing evaluation is short."""
 POLL_S = 0.02
@@ -109,7 +109,7 @@ def planned(fleet: Fleet) -> Plan:
 
 
 def equal_split(plan: Plan) -> Plan:
-    each = plan.step_sequences // len(plan.pools)
+    each = plan.step_tokens // plan.sequence_tokens // len(plan.pools)
     pools = tuple(
         pool.model_copy(update={"micro_batch_sequences": 1, "num_micro_batches": each}) for pool in plan.pools
     )
@@ -146,7 +146,7 @@ def trained(plan: Plan, limits: Sequence[float]) -> Trained:
         (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         command = [sys.executable, "-m", "colossus.cli", "train", "--plan", str(folder / "plan.json")]
         command += ["--threads", "1", "--steps", str(NUM_STEPS), "--no-sample", "--name", "run"]
-        command += ["--runs", str(folder / "runs"), "--data", str(TEXT)]
+        command += ["--runs", str(folder / "runs"), "--data", str(TEXT), "--set", "optimizer.kind=adamw"]
         with (folder / "said").open("w") as said:
             process = subprocess.Popen(command, stdout=said, stderr=said)
             samples = _watched(process, groups, folder / "runs" / "run-001" / "events.jsonl")
