@@ -71,9 +71,9 @@ def linear_s(
 ) -> tuple[Array, Array]:
     """Seconds of a linear layer, (forward, backward); backward is the gradient of its input and of its weight.
 
-    `gradient_bytes`: memory traffic per element of the weight's gradient; where micro-batches add to one sum,
-    it is read and written. In 8 bits, each operand is read, its scale found, and written narrow, also
-    transposed, ahead of the product.
+    `gradient_bytes`: memory traffic per element of the weight's gradient, by default as of any other output; where
+    micro-batches add to one sum, it is read and written. In 8 bits, each operand is read, its scale found, and
+    written narrow, also transposed, ahead of the product.
     """
     if hardware.measured is not None:
         return hardware.measured.linear_s(tokens, outputs, inputs, groups, hardware.dtype)
@@ -108,8 +108,8 @@ def attention_s(
 
     Fused kernels skip the masked half and keep scores on the chip; their backward computes the scores again:
     five products for the forward's two. Unfused ones compute the whole square (twice the mean of a causal
-    mask) and pass over it in memory: about 5 times forward and 6 backward, and
-    `score_traffic` times that where the softmax is not fused either.
+    mask) and pass over it in memory: about 5 times forward and 6 backward, and `score_traffic` times that
+    where the softmax is not fused either.
     """
     if hardware.measured is not None:
         return hardware.measured.attention_s(tokens, sequence, heads, query / heads, hardware.dtype)

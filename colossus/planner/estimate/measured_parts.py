@@ -94,7 +94,10 @@ def measured_gradients_s(x: Execution, weights: Array, rates: MeasuredRates, dty
 
 
 def _team_s(shape: ModelShape, x: Execution, tokens: Array, hardware: Hardware, c: Constants) -> Array:
-    """Seconds in which tensor-parallel ranks gather hidden states one way and scatter them the other way."""
+    """Seconds in which tensor-parallel ranks gather hidden states one way and scatter them the other way.
+
+    At embedding and head, once a micro-batch. Of chips that are not measured, the fitted constants have it in them.
+    """
     return 2.0 * network.ring_s(
         hardware.activation_bytes * tokens * shape.hidden, x.tp, np.ones(()), hardware, c
     )
