@@ -28,6 +28,7 @@ from colossus.observe.environment import environment, git_state
 from colossus.observe.readme import readme
 from colossus.spec.config import from_toml, to_toml
 from colossus.spec.plan import Plan
+from colossus.spec.rank import Machine
 from colossus.spec.run import RunConfig
 
 State = Literal["starting", "running", "finished", "interrupted", "diverged", "crashed", "new"]
@@ -61,6 +62,10 @@ class RunDirectory:
     @property
     def plan_path(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def machine_path(self) -> Path:
+        return self.path / "machine.json"
 
     @property
     def events_path(self) -> Path:
@@ -165,6 +170,17 @@ class RunDirectory:
     def plan(self) -> Plan:
         """The same. Raises ConfigError where it is not there, was cut short or was edited."""
         return Plan.load(self.plan_path)
+
+    def write_machine(self, machine: Machine) -> None:
+        """What many ranks take their machine to be able to."""
+        _write_text(self.machine_path, machine.model_dump_json(indent=1) + "\n")
+
+    def machine(self) -> Machine | None:
+        """The same; None where nothing that can be read is there."""
+        try:
+            return Machine.model_validate_json(self.machine_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     @property
     def has_plan(self) -> bool:

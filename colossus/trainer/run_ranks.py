@@ -251,14 +251,15 @@ def _train(run: RunDirectory, plan: Plan, budget: Duration | None, device: str) 
 def _machine(run: RunDirectory, config: RunConfig) -> Machine:
     """As it was measured when the run began, where it still is that machine: which library multiplies is chosen by the
     clock, and another one rounds otherwise, so that a resumed run would not be exact."""
-    path = run.path / "machine.json"
-    measured = measure_machine(config)
-    with contextlib.suppress(OSError, ValueError):
-        kept = Machine.model_validate_json(path.read_text(encoding="utf-8"))
-        if (kept.chip, kept.kind, kept.num_threads) == (measured.chip, measured.kind, measured.num_threads):
-            return kept
+    measured, kept = measure_machine(config), run.machine()
+    if kept and (kept.chip, kept.kind, kept.num_threads) == (
+        measured.chip,
+        measured.kind,
+        measured.num_threads,
+    ):
+        return kept
     with writing(run):
-        path.write_text(measured.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        run.write_machine(measured)
     return measured
 
 
