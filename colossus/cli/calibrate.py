@@ -49,7 +49,7 @@ def calibrate(
     import hashlib
     from datetime import date
 
-    from colossus.cli.plan_files import refuse_special
+    from colossus.cli.plan_files import refuse_no_place
     from colossus.cli.screen import screen
     from colossus.errors import ConfigError
     from colossus.planner.evidence import calibrate as fitting
@@ -59,7 +59,7 @@ def calibrate(
 
     for path in (out, intervals):
         if path is not None:
-            refuse_special("the output", path)
+            refuse_no_place("the output", path)
         if path is not None and path.exists() and not replace:
             raise ConfigError(f"{path} exists; choose another name, or say --replace to write over it")
         if path is not None and path.resolve() in {table.resolve() for table in tables}:

@@ -97,13 +97,13 @@ def _calibrate(
     import platform
     from datetime import date
 
-    from colossus.cli.plan_files import refuse_special
+    from colossus.cli.plan_files import refuse_no_place
     from colossus.cli.screen import screen
     from colossus.errors import ColossusError, ConfigError
 
     host = platform.node() or "this-machine"
     path = out or Path(f"{host}.toml")
-    refuse_special("the output", path)
+    refuse_no_place("the output", path)
     if path.exists() and not replace:
         raise ConfigError(f"{path} exists; choose another name with --out, or say --replace to write over it")
     try:

@@ -17,15 +17,24 @@ def refuse_existing(out: Path | None, plot: Path | None, force: bool) -> None:
     for option, path in (("--out", out), ("--plot", plot)):
         if path is None:
             continue
-        refuse_special(option, path)
-        if path.is_dir():
-            raise ConfigError(f"{option} {path} is a directory; name a file in it")
-        if not path.parent.is_dir():
-            raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
+        refuse_no_place(option, path)
         if os.path.lexists(path) and not force:
             raise ConfigError(
                 f"{option} {path} exists and is kept; name another file, or write over it with --force"
             )
+
+
+def refuse_no_place(option: str, path: Path) -> None:
+    """Raises ConfigError where no file can be made, before minutes are spent on what would be in it."""
+    refuse_special(option, path)
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no directory {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(
+            f"{option} {path} cannot be written: {path.parent} may only be read; name another place"
+        )
 
 
 def refuse_special(option: str, path: Path) -> None:

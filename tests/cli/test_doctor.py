@@ -72,6 +72,22 @@ def test_this_machine_for_real(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_nothing_can_be_written_is_told_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("minutes were spent on it")
+
+    monkeypatch.setattr("colossus.doctor.calibrate.measure_ranks", measured)
+    for out, said in (
+        (tmp_path / "none" / "here.toml", "there is no directory"),
+        (tmp_path, "is a directory"),
+    ):
+        done = runner.invoke(app, ["doctor", "--calibrate", "--replace", "--out", str(out)])
+        assert isinstance(done.exception, ConfigError)
+        assert said in str(done.exception)
+
+
 def test_options_of_calibrating_alone_are_refused(tmp_path: Path) -> None:
     done = runner.invoke(app, ["doctor", "--out", str(tmp_path / "x.toml")])
     assert isinstance(done.exception, ConfigError)
