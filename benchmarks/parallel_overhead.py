@@ -1,6 +1,6 @@
 """What our distributed trainer costs beside plainer code that does the same, in one run, turn by turn.
 
-    python benchmarks/parallel_overhead.py [--only one two] [--repetitions 9]
+    python benchmarks/parallel_overhead.py [--only one two] [--repetitions 12]
 
 Prints Markdown. Two comparisons, each of whole optimizer steps (batch, forward, backward, norm, clipping, optimizer):
 
@@ -9,9 +9,12 @@ Prints Markdown. Two comparisons, each of whole optimizer steps (batch, forward,
     two     on two processes, the trainer's loop against FSDP2 by hand: `fully_shard` on each layer of the same decoder,
             torch's AdamW on its DTensors, torch's clipping, the same loss. Target: at least 0.9 of its tokens/s.
 
-Both sides live in the same processes, with one thread each, and take steps by turns, in the order a b, b a, a b …; of
-each pair the ratio is taken, so that what else runs on the machine counts for both. Both train from the same weights on
-the same batches: that their losses agree is checked after every pair.
+Each side lives in processes of its own, with one thread each, and they take steps by turns, another one first each
+time; of each round the ratio is taken, so that what else runs on the machine counts for all. All train from the same
+weights on the same batches: that their losses agree is checked after every round.
+
+The ranks of `two` have the environment that `colossus train` gives to ranks (what `rank_environment` says to glibc), so
+that the ratio is of the code alone; a third side is FSDP2 by hand with glibc as it comes.
 """
 
 import argparse
@@ -23,7 +26,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -49,7 +53,7 @@ from colossus.spec.model import AttentionSpec, MlpSpec, ModelSpec
 from colossus.spec.plan import Sharding
 from colossus.spec.rank import Machine, Memory, RankEstimate, RankPlan
 from colossus.trainer.loop import train
-from colossus.trainer.machine import prepare_process
+from colossus.trainer.machine import peak_rss_bytes, prepare_process, rank_environment
 from colossus.trainer.ranks import RankState
 from colossus.trainer.state import AnyState, TrainState
 
@@ -57,7 +61,7 @@ SEQUENCE_TOKENS = 128
 """Short: what a step costs beside its arithmetic then shows most."""
 MOST_STEPS = 10_000
 WARM_UP_STEPS = 6
-"""Of either side: the heap that both share takes pages anew in the first four steps or so, and ours more of them."""
+"""Of every side, for the heap to find its size."""
 AGREE = 1e-4
 """Relative difference of losses that the order of sums may make within a few tens of steps."""
 
@@ -90,6 +94,8 @@ class Step:
     """Of the slowest rank."""
     cpu_s: float
     """Of all ranks."""
+    memory_bytes: int
+    """The most that a rank's process has held until then."""
     loss: float
 
 
@@ -225,93 +231,126 @@ def by_hand(config: spec.RunConfig, job: Job) -> Side:
 # --- turns ---
 
 
-def take(side: Side) -> Step:
-    if dist.get_world_size() > 1:
-        dist.barrier()
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    loss = side()
-    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-    both = torch.tensor([wall_s, cpu_s], dtype=torch.float64)
-    if dist.get_world_size() > 1:
-        slowest = both[:1].clone()
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        dist.all_reduce(both)
-        wall_s, cpu_s = slowest.item(), both[1].item()
-    return Step(wall_s, cpu_s, loss)
+@dataclass(frozen=True)
+class SideSpec:
+    """A side in processes of its own: two sides in one process would share a heap, and one would find its pages where
+    the other has left them."""
+
+    made_by: Callable[[ModelSpec, int, Sharding], Side]
+    environment: Mapping[str, str]
+    """On top of ours."""
 
 
-def turns(ours: Side, plain: Side, repetitions: int) -> list[tuple[Step, Step]]:
-    """(ours, plainer) of each repetition, after those that warm up."""
-    pairs = []
-    for number in range(WARM_UP_STEPS + repetitions):
-        sides = [ours, plain] if number % 2 == 0 else [plain, ours]
-        taken = [take(side) for side in sides]
-        mine, other = taken if number % 2 == 0 else taken[::-1]
-        if not abs(mine.loss - other.loss) < AGREE * other.loss:
-            raise SystemExit(f"step {number}: the losses are {mine.loss} and {other.loss}: not the same work")
-        pairs.append((mine, other))
-    return pairs[WARM_UP_STEPS:]
-
-
-def one(model: ModelSpec, micro_batches: int, repetitions: int) -> list[tuple[Step, Step]]:
+def one_of_many(model: ModelSpec, micro_batches: int, _: Sharding) -> Side:
     job = job_of(model, micro_batches)
     config = config_of(model, job)
     assert config.plan is not None
-    rank = RankState(config, job, config.plan, Mesh(job.layout))
-    return turns(ours(config, rank), ours(config, TrainState.new(config)), repetitions)
+    return ours(config, RankState(config, job, config.plan, Mesh(job.layout)))
 
 
-def two(
-    model: ModelSpec, micro_batches: int, sharding: Sharding, ours_first: bool, repetitions: int
-) -> list[tuple[Step, Step]]:
-    """`ours_first`: which side is made first. It decides which blocks of the heap a side gets, and so how often its
-    steps take pages anew; half of the repetitions are made in either order."""
+def alone(model: ModelSpec, micro_batches: int, _: Sharding) -> Side:
+    config = config_of(model, job_of(model, micro_batches))
+    return ours(config, TrainState.new(config))
+
+
+def sharded(model: ModelSpec, micro_batches: int, sharding: Sharding) -> Side:
     job = job_of(model, micro_batches, ranks=2, sharding=sharding)
     config = config_of(model, job)
     assert config.plan is not None
-    plain = None if ours_first else by_hand(config, job)
-    mine = ours(config, RankState(config, job, config.plan, Mesh(job.layout)))
-    return turns(mine, plain or by_hand(config, job), repetitions)
+    return ours(config, RankState(config, job, config.plan, Mesh(job.layout)))
 
 
-# --- processes ---
+def sharded_by_hand(model: ModelSpec, micro_batches: int, sharding: Sharding) -> Side:
+    job = job_of(model, micro_batches, ranks=2, sharding=sharding)
+    return by_hand(config_of(model, job), job)
+
+
+ONE = (SideSpec(one_of_many, {}), SideSpec(alone, {}))
+TWO = (
+    SideSpec(sharded, rank_environment("cpu")),
+    SideSpec(sharded_by_hand, rank_environment("cpu")),
+    SideSpec(sharded_by_hand, {}),
+)
+
+
+def in_turns(
+    sides: Sequence[SideSpec], num_ranks: int, repetitions: int, *job: Any
+) -> list[tuple[Step, ...]]:
+    """A step of each side in every repetition, after those that warm up; each time another side goes first."""
+    rounds = []
+    with ExitStack() as stack:
+        started = [stack.enter_context(_started(side, num_ranks, *job)) for side in sides]
+        for number in range(WARM_UP_STEPS + repetitions):
+            order = [(number + i) % len(sides) for i in range(len(sides))]
+            taken = {i: _step(started[i]) for i in order}
+            steps = tuple(taken[i] for i in range(len(sides)))
+            for step in steps[1:]:
+                if not abs(steps[0].loss - step.loss) < AGREE * step.loss:
+                    raise SystemExit(
+                        f"step {number}: the losses are {steps[0].loss} and {step.loss}: not the same work"
+                    )
+            rounds.append(steps)
+    return rounds[WARM_UP_STEPS:]
+
+
+def _step(pipes: Sequence[Any]) -> Step:
+    for pipe in pipes:
+        pipe.send(None)
+    try:
+        steps = [pipe.recv() for pipe in pipes]
+    except EOFError:
+        raise SystemExit("a rank failed; its error is above") from None
+    return Step(
+        wall_s=max(step.wall_s for step in steps),
+        cpu_s=sum(step.cpu_s for step in steps),
+        memory_bytes=max(step.memory_bytes for step in steps),
+        loss=steps[0].loss,
+    )
+
+
+@contextmanager
+def _started(side: SideSpec, num_ranks: int, *job: Any) -> Iterator[list[Any]]:
+    """Pipes to the ranks of a side, each of which takes a step for whatever comes through, and answers with it."""
+    context = multiprocessing.get_context("spawn")
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as directory:
+        store = str(Path(directory) / "store")
+        pipes, processes = [], []
+        os.environ.update(side.environment)
+        try:
+            for rank in range(num_ranks):
+                mine, theirs = context.Pipe()
+                process = context.Process(
+                    target=_on_rank, args=(rank, num_ranks, store, theirs, side.made_by, *job), daemon=True
+                )
+                process.start()
+                theirs.close()
+                pipes.append(mine)
+                processes.append(process)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        try:
+            yield pipes
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def _on_rank(
-    rank: int, num_ranks: int, store: str, pipe: Any, function: Callable[..., Any], *rest: Any
+    rank: int, num_ranks: int, store: str, pipe: Any, made_by: Callable[..., Side], *job: Any
 ) -> None:
     prepare_process(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, num_ranks), rank=rank, world_size=num_ranks)
-    try:
-        made = function(*rest)
-        if rank == 0:
-            pipe.send(made)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(num_ranks: int, function: Callable[..., Any], *rest: Any) -> Any:
-    """What `function(*rest)` returns on rank 0 of fresh processes."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as directory:
-        mine, theirs = context.Pipe(duplex=False)
-        store = str(Path(directory) / "store")
-        processes = [
-            context.Process(
-                target=_on_rank, args=(rank, num_ranks, store, theirs, function, *rest), daemon=True
-            )
-            for rank in range(num_ranks)
-        ]
-        for process in processes:
-            process.start()
-        theirs.close()
-        try:
-            made = mine.recv()
-        except EOFError:
-            raise SystemExit("a rank failed; its error is above") from None
-        for process in processes:
-            process.join()
-        return made
+    side = made_by(*job)
+    while True:
+        pipe.recv()
+        dist.barrier()
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        loss = side()
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        pipe.send(Step(wall_s, cpu_s, peak_rss_bytes(), loss))
 
 
 # --- the report ---
@@ -323,14 +362,25 @@ def spread(values: Sequence[float], places: int = 3) -> str:
     return f"{middle:.{places}f} ({low:.{places}f} to {high:.{places}f})"
 
 
-def row(pairs: Sequence[tuple[Step, Step]], tokens: int) -> str:
-    cpu = [mine.cpu_s / other.cpu_s for mine, other in pairs]
-    wall = [other.wall_s / mine.wall_s for mine, other in pairs]
-    rates = [tokens / statistics.median(step.wall_s for step in side) for side in zip(*pairs, strict=True)]
-    return f"{spread(cpu)} | {spread(wall)} | {rates[0]:.0f} | {rates[1]:.0f}"
+def row(rounds: Sequence[tuple[Step, ...]], tokens: int) -> str:
+    """The first side beside the second, and each side's own figures."""
+    cpu = [steps[0].cpu_s / steps[1].cpu_s for steps in rounds]
+    rates = [steps[1].wall_s / steps[0].wall_s for steps in rounds]
+    sides = list(zip(*rounds, strict=True))
+    speeds = [f"{tokens / statistics.median(step.wall_s for step in side):.0f}" for side in sides]
+    memory = [f"{max(step.memory_bytes for step in side) / 1e6:.0f}" for side in sides]
+    return " | ".join([spread(cpu), spread(rates), *speeds, *memory])
 
 
-COLUMNS = "CPU time, ours over plain | tokens/s, ours over plain | ours tokens/s | plain tokens/s"
+def header(names: Sequence[str], what: Sequence[str]) -> str:
+    columns = [
+        *what,
+        f"CPU time, {names[0]} over {names[1]}",
+        f"tokens/s, {names[0]} over {names[1]}",
+        *(f"tokens/s, {name}" for name in names),
+        *(f"peak MB, {name}" for name in names),
+    ]
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
 def main() -> None:
@@ -341,7 +391,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", nargs="+", choices=[m.name for m in SIZES], default=[m.name for m in SIZES]
     )
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--repetitions", type=int, default=12)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -352,30 +402,28 @@ def main() -> None:
         f"torch {torch.__version__}.\n{arguments.repetitions} repetitions; medians, and the middle half of all.\n"
     )
     if "one" in arguments.only:
-        print(f"| model | weights | micro-batches | {COLUMNS} |\n|---|---:|---:|---:|---:|---:|---:|")
+        print(header(("a rank", "alone"), ("model", "weights", "micro-batches")))
         for m in models:
             for count in MICRO_BATCHES:
-                pairs = on_ranks(1, one, m, count, arguments.repetitions)
+                rounds = in_turns(ONE, 1, arguments.repetitions, m, count, "none")
                 tokens = count * SEQUENCE_TOKENS
-                print(f"| {m.name} | {m.num_params() / 1e6:.1f} M | {count} | {row(pairs, tokens)} |")
+                print(f"| {m.name} | {m.num_params() / 1e6:.1f} M | {count} | {row(rounds, tokens)} |")
                 sys.stdout.flush()
         print()
     if "two" in arguments.only:
         print(
-            f"| model | weights | micro-batches | sharded | {COLUMNS} |\n|---|---:|---:|---|---:|---:|---:|---:|"
+            header(
+                ("ours", "by hand", "by hand, glibc as it comes"),
+                ("model", "weights", "micro-batches", "sharded"),
+            )
         )
         for m in models:
             for sharding in SHARDINGS if m is SIZES[0] else SHARDINGS[:1]:
                 for count in MICRO_BATCHES:
-                    half = -(-arguments.repetitions // 2)
-                    pairs = [
-                        pair
-                        for first in (True, False)
-                        for pair in on_ranks(2, two, m, count, sharding, first, half)
-                    ]
+                    rounds = in_turns(TWO, 2, arguments.repetitions, m, count, sharding)
                     tokens = 2 * count * SEQUENCE_TOKENS
                     size = f"{m.num_params() / 1e6:.1f} M"
-                    print(f"| {m.name} | {size} | {count} | {sharding} | {row(pairs, tokens)} |")
+                    print(f"| {m.name} | {size} | {count} | {sharding} | {row(rounds, tokens)} |")
                     sys.stdout.flush()
 
 

@@ -15,7 +15,7 @@ from colossus.errors import ColossusError, ConfigError
 from colossus.planner.estimate.measured import law_errors
 from colossus.spec.fleet import Generation
 from colossus.spec.measured import MeasuredMatmul, Product
-from colossus.trainer.machine import usable_cores
+from colossus.trainer.machine import device_kind, rank_environment, usable_cores
 
 TIMEOUT_S = 1800.0
 
@@ -23,7 +23,11 @@ TIMEOUT_S = 1800.0
 def measure_ranks(num_ranks: int, num_threads: int, *, quick: bool = False) -> dict[str, Any]:
     """What `num_ranks` processes of `num_threads` threads measure, each number the median over ranks."""
     with tempfile.TemporaryDirectory(prefix="colossus-doctor-") as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+        environment = {
+            **os.environ,
+            **rank_environment(device_kind()),
+            "OMP_NUM_THREADS": str(num_threads),
+        }
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "colossus.doctor.rank", folder, str(rank), str(num_ranks),

@@ -34,7 +34,13 @@ from colossus.spec.job import Job
 from colossus.spec.plan import Plan
 from colossus.spec.rank import Machine, Memory, RankEstimate, RankPlan
 from colossus.spec.run import RunConfig
-from colossus.trainer.machine import device_kind, measure_machine, prepare_process, usable_cores
+from colossus.trainer.machine import (
+    device_kind,
+    measure_machine,
+    prepare_process,
+    rank_environment,
+    usable_cores,
+)
 from colossus.trainer.ranks import RankState
 from colossus.trainer.run import ShownProgress, check_tokenizer, open_reader, prepare_corpus, rebudget
 from colossus.trainer.session import Costs, run_session, writing
@@ -142,7 +148,7 @@ def _launch(run: RunDirectory, plan: Plan, threads: int | None, budget: Duration
         argv,
         plan.layout.num_ranks,
         run.path / "logs",
-        environment={FINGERPRINT: plan.fingerprint()},
+        environment={FINGERPRINT: plan.fingerprint(), **rank_environment(device_kind())},
         num_threads=threads,
     )
     started_s = time.time()
