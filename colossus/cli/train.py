@@ -131,7 +131,7 @@ def train(
     if resume is not None:
         config = _resumed_config(resume, runs, budget, [*_words(recipe, name), *changes])
     else:
-        config = _new_config(recipe or DEFAULT_RECIPE, name, tokenizer, [*budget, *changes], planned)
+        config = _new_config(recipe, name, tokenizer, [*budget, *changes], planned)
     if print_config:
         from colossus.spec.config import to_toml
 
@@ -146,7 +146,7 @@ def train(
 
 
 def _new_config(
-    recipe: str, name: str | None, tokenizer: Path | None, changes: list[str], plan: "Plan | None"
+    recipe: str | None, name: str | None, tokenizer: Path | None, changes: list[str], plan: "Plan | None"
 ) -> "RunConfig":
     from colossus.observe.run_directory import check_name
     from colossus.spec.config import run_config
@@ -155,7 +155,14 @@ def _new_config(
         from colossus.data.tokenizer import Tokenizer
 
         changes = [f"model.vocab_size={Tokenizer.load(tokenizer).vocab_size}", *changes]
-    config = run_config(recipe, changes)
+    if (
+        plan is not None
+        and recipe is None
+        and run_config(DEFAULT_RECIPE, []).optimizer.kind != plan.optimizer
+    ):
+        # Nobody chose the default recipe's optimizer: the plan's comes first, then what was asked for.
+        changes = [f"optimizer.kind={plan.optimizer}", *changes]
+    config = run_config(recipe or DEFAULT_RECIPE, changes)
     if plan is not None:
         from colossus.spec.config import with_plan
 

@@ -36,7 +36,7 @@ from colossus.spec.job import Job
 from colossus.spec.layout import Coordinates
 from colossus.spec.model import Dtype, ModelSpec, MoeSpec
 from colossus.spec.plan import Plan
-from colossus.spec.run import AdamW, Muon
+from colossus.spec.run import OPTIMIZERS, AdamW, Muon
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,17 +99,16 @@ class Proof:
     seconds: float
 
 
-def prove(plan: Plan, *, optimizer: AdamW | Muon | None = None, num_processes: int = 1) -> Proof:
+def prove(plan: Plan, *, num_processes: int = 1) -> Proof:
     """Runs a step of each role of `plan`. Raises ConfigError, with a sentence, where a rank could not."""
     started = time.perf_counter()
     _check(plan)
-    wanted = optimizer or AdamW()
     found = roles(plan)
     if num_processes == 1 or len(found) == 1:
-        proofs = [prove_role(plan, role, wanted) for role in found]
+        proofs = [prove_role(plan, role) for role in found]
     else:
         with ProcessPoolExecutor(min(num_processes, len(found)), mp_context=get_context("spawn")) as pool:
-            proofs = list(pool.map(prove_role, [plan] * len(found), found, [wanted] * len(found)))
+            proofs = list(pool.map(prove_role, [plan] * len(found), found))
     return Proof(plan, dtype_of(plan), tuple(proofs), time.perf_counter() - started)
 
 
@@ -212,7 +211,7 @@ def _most_held(job: Job, place: int, num_micro_batches: int) -> tuple[int, int]:
 # --- one role ---
 
 
-def prove_role(plan: Plan, role: Role, optimizer: AdamW | Muon) -> RoleProof:
+def prove_role(plan: Plan, role: Role) -> RoleProof:
     """Puts the role's rank in a world of the plan's size and runs a step of it."""
     started = time.perf_counter()
     torch.set_num_threads(1)
@@ -227,7 +226,7 @@ def prove_role(plan: Plan, role: Role, optimizer: AdamW | Muon) -> RoleProof:
     chunk_tokens = loss_chunk_tokens(model, tokens, "cuda", tp=job.layout.tp)
     try:
         with fake_world(job.layout.num_ranks, role.rank):
-            seen = _run(model, here, dtype, chunk_tokens, optimizer)
+            seen = _run(model, here, dtype, chunk_tokens, OPTIMIZERS[plan.optimizer])
     except ColossusError:
         raise
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
@@ -235,7 +234,9 @@ def prove_role(plan: Plan, role: Role, optimizer: AdamW | Muon) -> RoleProof:
         raise ConfigError(
             f"rank {role.rank:,} of the plan, on pipeline stage {role.stage} of {job.layout.pp}, cannot run: {lines[0]}"
         ) from error
-    settings = {"dtype": dtype, "chunk_tokens": chunk_tokens, "router_losses": True}
+    settings = {
+        "dtype": dtype, "chunk_tokens": chunk_tokens, "optimizer": plan.optimizer, "router_losses": True,
+    }  # fmt: skip
     return RoleProof(
         role=role,
         num_micro_batches=traced,

@@ -1,13 +1,10 @@
 """Optimizing what many ranks hold parts of: whole matrices for Muon, the gradient's norm, sums of sparse gradients and
 of experts' loads. All else that optimizers do is element by element, and needs nobody else."""
 
-import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
-from typing import Final, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,86 +15,14 @@ from colossus.optim.row_adagrad import rows_and_values
 from colossus.parallel.collectives import Team, all_gather_into
 from colossus.parallel.mesh import Mesh
 from colossus.spec.layout import Group
+from colossus.spec.matrices import ROUND_ELEMENTS, Dealt, Split, deal_out
 from colossus.spec.sharding import Placement
-
-ROUND_ELEMENTS: Final = 2**26
-"""Whole matrices that a rank orthogonalises at a time, and parts that it sends for it: 256 MiB each in float32. Fewer,
-larger rounds keep all ranks busier and use more memory. Where a single matrix has more, as many as that has."""
-
 
 # --- Muon: parts come together as whole matrices, and directions go back ---
 
 
-class Split(NamedTuple):
-    """How a team's ranks hold a matrix: in parts along a dim, each on `copies` neighbours."""
-
-    whole: tuple[int, int]
-    """What the parts make together; itself a part, where another team's ranks split the matrix first."""
-    dim: int
-    sizes: tuple[int, ...]
-    copies: int
-
-    def part(self, place: int) -> int:
-        return place // self.copies
-
-    def shape(self, place: int) -> tuple[int, int]:
-        """Of the part that a rank holds."""
-        size = self.sizes[self.part(place)]
-        return (size, self.whole[1]) if self.dim == 0 else (self.whole[0], size)
-
-    def take(self, whole: Tensor, place: int) -> Tensor:
-        """The part that a rank holds."""
-        part = self.part(place)
-        return whole.narrow(self.dim, sum(self.sizes[:part]), self.sizes[part])
-
-    def sender(self, part: int, owner: int) -> int:
-        """Who sends a part to the rank that puts the matrix together: that rank itself where it has it."""
-        return owner if self.part(owner) == part else part * self.copies
-
-    def senders(self, owner: int) -> list[int]:
-        return [self.sender(part, owner) for part in range(len(self.sizes))]
-
-
-class Matrix(NamedTuple):
-    """A matrix of which each rank of some teams holds a part."""
-
-    parameter: Tensor
-    number: int
-    """In the parameter's stack."""
-    shape: tuple[int, int]
-    splits: tuple[Split, ...]
-    """By team, in the order in which the matrix is cut."""
-
-    @property
-    def cost(self) -> int:
-        """Of orthogonalising it, in proportion."""
-        return math.prod(self.shape) * min(self.shape)
-
-    @property
-    def num_held(self) -> int:
-        """Elements of the largest part, wherever it is: the same on all ranks."""
-        rows, columns = self.shape
-        for split in self.splits:
-            parts = len(split.sizes)
-            rows, columns = (-(-rows // parts), columns) if split.dim == 0 else (rows, -(-columns // parts))
-        return rows * columns
-
-
-class Owned(NamedTuple):
-    """A matrix, and who orthogonalises it: a place in each team."""
-
-    matrix: Matrix
-    places: tuple[int, ...]
-
-
 class MatrixRounds:
-    """Deals Muon's matrices out over the ranks that hold parts or copies of them (arXiv:2502.16982, arXiv:2504.05295).
-
-    Dense matrices are dealt out over `tp` and `shards`, experts' over `expert_tp` and `expert_shards`, each to one
-    rank: in a round, the parts of a matrix travel to its rank, first within the team that cut it last, then within the
-    one that cut it first; it is orthogonalised there, and its direction travels back the same way. Each rank does an
-    equal share of the arithmetic, and of the memory beside the weights it holds a round's worth. Stacks cut between
-    their matrices stay where they are.
+    """Muon's matrices, each on the rank that `spec/matrices.py` deals it to.
 
     All ranks of a stage ask for the same parameters in the same order.
     """
@@ -121,109 +46,35 @@ class MatrixRounds:
         return self._dealt[key]
 
     def _deal(self, parameters: Sequence[Tensor]) -> Iterator[Round]:
-        by_teams: dict[tuple[Group, ...], list[Matrix]] = {}
-        for parameter in parameters:
-            groups, splits = _splits(self._placements[parameter], self._mesh)
-            rows, columns = self._placements[parameter].parameter.shape[-2:]
-            by_teams.setdefault(groups, []).extend(
-                Matrix(parameter, number, (rows, columns), splits)
-                for number in range(parameter.shape[0] if parameter.dim() == 3 else 1)
-            )
-        for groups, matrices in by_teams.items():
-            teams = tuple(team for group in groups if (team := self._mesh.team(group)) is not None)
-            for owned in deal(matrices, [team.size for team in teams], self._round_elements):
-                yield TeamRound(owned, teams)
-
-
-def deal(matrices: Sequence[Matrix], team_sizes: Sequence[int], round_elements: int) -> list[list[Owned]]:
-    """Rounds, in each of which every rank orthogonalises about as much as any other; the same on all ranks.
-
-    The most expensive first, each to the rank that has least to do; then each round takes from the front of all ranks'
-    queues, until one has `round_elements` of whole matrices, or of parts that it holds, or what the largest matrix has.
-    """
-    num_ranks = math.prod(team_sizes)
-    least_busy = [(0, rank) for rank in range(num_ranks)]
-    queues: list[list[int]] = [[] for _ in range(num_ranks)]
-    for i in sorted(range(len(matrices)), key=lambda i: (-matrices[i].cost, i)):
-        busy, rank = least_busy[0]
-        queues[rank].append(i)
-        heapq.heapreplace(least_busy, (busy + matrices[i].cost, rank))
-
-    rounds: list[list[tuple[int, int]]] = [[]]
-    whole, held = [0] * num_ranks, 0
-    # Matrices beyond the limit are still dealt one to each rank, and not one to a round.
-    limit = max([round_elements, *(math.prod(matrix.shape) for matrix in matrices)])
-    for wave in zip_longest(*queues):
-        for rank, i in enumerate(wave):
-            if i is None:
-                continue
-            num_whole, num_held = math.prod(matrices[i].shape), matrices[i].num_held
-            if rounds[-1] and max(whole[rank] + num_whole, held + num_held) > limit:
-                rounds.append([])
-                whole, held = [0] * num_ranks, 0
-            rounds[-1].append((i, rank))
-            whole[rank] += num_whole
-            held += num_held
-    # In the order of the parameters: neighbours in a stack are then updated in one go.
-    return [[Owned(matrices[i], _places(rank, team_sizes)) for i, rank in sorted(one)] for one in rounds]
-
-
-def _places(rank: int, team_sizes: Sequence[int]) -> tuple[int, ...]:
-    """Of the `rank`th of all, its place in each team; the first team's ranks stand side by side."""
-    places = []
-    for size in team_sizes:
-        places.append(rank % size)
-        rank //= size
-    return tuple(places)
-
-
-def _splits(placement: Placement, mesh: Mesh) -> tuple[tuple[Group, ...], tuple[Split, ...]]:
-    """The teams over which a parameter's matrices are dealt out, in the order of cuts, and how they hold each.
-
-    A team that does not cut them has copies: all of a matrix is one part.
-    """
-    stack_dims = len(placement.parameter.shape) - 2
-    rows, columns = placement.parameter.shape[-2:]
-    shape = (rows, columns)
-    groups, splits = [], []
-    within: tuple[Group, ...] = (
-        ("expert_tp", "expert_shards") if placement.parameter.expert else ("tp", "shards")
-    )
-    for group in within:
-        team, cut = mesh.team(group), placement.cut(group)
-        if team is None or (cut is not None and cut.dim < stack_dims):
-            continue
-        dim = 0 if cut is None else cut.dim - stack_dims
-        num_parts = 1 if cut is None else cut.num_parts
-        split = Split(shape, dim, _sizes(shape[dim], num_parts), team.size // num_parts)
-        shape = split.shape(team.place)
-        groups.append(group)
-        splits.append(split)
-    return tuple(groups), tuple(splits)
-
-
-def _sizes(size: int, num_parts: int) -> tuple[int, ...]:
-    """Of parts of ⌈size / num_parts⌉, the last ones smaller or empty."""
-    step = -(-size // num_parts)
-    return tuple(min(step, max(0, size - part * step)) for part in range(num_parts))
+        dealt = deal_out(
+            [self._placements[parameter] for parameter in parameters],
+            [parameter.shape[0] if parameter.dim() == 3 else 1 for parameter in parameters],
+            self._mesh.mates,
+            round_elements=self._round_elements,
+        )
+        for one in dealt:
+            teams = tuple(team for group in one.groups if (team := self._mesh.team(group)) is not None)
+            yield TeamRound(one, parameters, teams)
 
 
 @dataclass(frozen=True)
 class TeamRound:
-    """A round of matrices, each dealt to one rank of `teams`, which are in the order of cuts."""
+    """A round of matrices, and the teams that exchange their parts."""
 
-    owned: Sequence[Owned]
+    dealt: Dealt
+    parameters: Sequence[Tensor]
     teams: tuple[Team, ...]
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
         pieces: list[Piece] = []
-        for matrix, _ in self.owned:
+        for matrix, _ in self.dealt.owned:
+            parameter = self.parameters[matrix.parameter]
             last = pieces[-1] if pieces else None
-            if last is not None and last.parameter is matrix.parameter and last.end == matrix.number:
+            if last is not None and last.parameter is parameter and last.end == matrix.number:
                 pieces[-1] = last._replace(end=matrix.number + 1)
             else:
-                pieces.append(Piece(matrix.parameter, matrix.number, matrix.number + 1, matrix.shape))
+                pieces.append(Piece(parameter, matrix.number, matrix.number + 1, matrix.shape))
         return tuple(pieces)
 
     def directions(self, updates: Iterator[Tensor], orthogonalise: Orthogonalise) -> Sequence[Tensor]:
@@ -231,7 +82,7 @@ class TeamRound:
         like = parts[0].new_empty(0)
         levels = range(len(self.teams))
         # What is here of each matrix, by its number: at first of all, at last of those that are whole here.
-        held = {i: part for i, part in enumerate(parts) if self._is_needed(i)}
+        held = {i: part for i, part in enumerate(parts) if self.dealt.is_needed(i)}
         del parts
         for level in reversed(levels):
             held = self._gather(level, held, like)
@@ -240,40 +91,23 @@ class TeamRound:
             held = self._scatter(level, held, like)
         return self._joined(held)
 
-    def _is_needed(self, i: int) -> bool:
-        """Whether this rank's part of a matrix goes on after the first exchange, and not a neighbour's copy of it."""
-        matrix, places = self.owned[i]
-        return all(
-            split.sender(split.part(team.place), owner) == team.place
-            for split, owner, team in list(zip(matrix.splits, places, self.teams, strict=True))[:-1]
-        )
-
-    def _concerned(self, level: int) -> list[int]:
-        """Matrices that this team exchanges: those that came to it through the teams that cut them later."""
-        later = range(level + 1, len(self.teams))
-        return [i for i in range(len(self.owned)) if all(self._is_owner(i, other) for other in later)]
-
-    def _is_owner(self, i: int, level: int) -> bool:
-        return self.owned[i].places[level] == self.teams[level].place
-
     def _gather(self, level: int, held: dict[int, Tensor], like: Tensor) -> dict[int, Tensor]:
         """From parts to what they make together, on the rank of the team that owns it."""
-        team = self.teams[level]
-        outgoing: list[list[Tensor]] = [[] for _ in team.ranks]
-        expected: list[list[tuple[int, int]]] = [[] for _ in team.ranks]
-        for i, part in held.items():
-            split, owner = self._split(i, level)
-            if owner == team.place:
-                for sender in split.senders(owner):
-                    if sender != owner:
-                        expected[sender].append(split.shape(sender))
-            elif split.sender(split.part(team.place), owner) == team.place:
-                outgoing[owner].append(part)
-        is_cut = any(len(self._split(i, level)[0].sizes) > 1 for i in self._concerned(level))
-        received = _exchange(outgoing, expected, team, like) if is_cut else []
+        team, traffic = self.teams[level], self.dealt.gather(level)
+        received: list[Iterator[Tensor]] = []
+        if traffic is not None:
+            received = _exchange(
+                [[held[i] for i in to] for to in traffic.outgoing],
+                [
+                    [self.dealt.split(i, level)[0].shape(sender) for i in come]
+                    for sender, come in enumerate(traffic.incoming)
+                ],
+                team,
+                like,
+            )
         made = {}
         for i, part in held.items():
-            split, owner = self._split(i, level)
+            split, owner = self.dealt.split(i, level)
             if owner == team.place:
                 parts = [
                     part if sender == owner else next(received[sender]) for sender in split.senders(owner)
@@ -283,28 +117,23 @@ class TeamRound:
 
     def _scatter(self, level: int, held: dict[int, Tensor], like: Tensor) -> dict[int, Tensor]:
         """From what this rank owns to the parts that each rank of the team holds, copies among them."""
-        team, concerned = self.teams[level], self._concerned(level)
-        outgoing: list[list[Tensor]] = [[] for _ in team.ranks]
-        expected: list[list[tuple[int, int]]] = [[] for _ in team.ranks]
-        for i in concerned:
-            split, owner = self._split(i, level)
-            if owner == team.place:
-                for place in range(team.size):
-                    if place != owner:
-                        outgoing[place].append(split.take(held[i], place))
-            else:
-                expected[owner].append(split.shape(team.place))
-        received = _exchange(outgoing, expected, team, like) if concerned else []
+        team, traffic = self.teams[level], self.dealt.scatter(level)
+        if traffic is None:
+            return {}
+        received = _exchange(
+            [
+                [_part_of(held[i], self.dealt.split(i, level)[0], place) for i in to]
+                for place, to in enumerate(traffic.outgoing)
+            ],
+            [[self.dealt.split(i, level)[0].shape(team.place) for i in come] for come in traffic.incoming],
+            team,
+            like,
+        )
         made = {}
-        for i in concerned:
-            split, owner = self._split(i, level)
-            made[i] = split.take(held[i], owner) if owner == team.place else next(received[owner])
+        for i in self.dealt.concerned(level):
+            split, owner = self.dealt.split(i, level)
+            made[i] = _part_of(held[i], split, owner) if owner == team.place else next(received[owner])
         return made
-
-    def _split(self, i: int, level: int) -> tuple[Split, int]:
-        """How a team holds a matrix, and which of its ranks owns it."""
-        matrix, places = self.owned[i]
-        return matrix.splits[level], places[level]
 
     def _joined(self, directions: dict[int, Tensor]) -> list[Tensor]:
         """Of each piece: those of its matrices."""
@@ -314,6 +143,11 @@ class TeamRound:
             joined.append(torch.stack([directions[i] for i in range(start, start + count)]))
             start += count
         return joined
+
+
+def _part_of(whole: Tensor, split: Split, place: int) -> Tensor:
+    """The part that a rank holds."""
+    return whole.narrow(split.dim, split.start(place), split.sizes[split.part(place)])
 
 
 def _orthogonalise_by_shape(whole: dict[int, Tensor], orthogonalise: Orthogonalise) -> dict[int, Tensor]:

@@ -21,7 +21,7 @@ from colossus.planner.search.space import PRECISIONS
 from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
 from colossus.spec.layout import Layout
-from colossus.spec.model import Dtype, ModelSpec
+from colossus.spec.model import ModelSpec
 from colossus.spec.plan import Plan, PoolShare
 
 LARGEST_PUBLISHED_BATCH_TOKENS = 15_360 * 4096
@@ -100,11 +100,6 @@ def make_plan(
     )
 
 
-def _dtype(goal: Goal, choice: str) -> Dtype:
-    """As asked for; the search weighs nothing there."""
-    return "bfloat16" if goal.fixed.get(choice) == "bfloat16" else "float32"
-
-
 def largest_batch(goal: Goal, tokens: int, sequence: int) -> int:
     """Sequences of the largest batch: as asked, or the largest published, but not so large that few steps remain."""
     if goal.max_global_batch_sequences is not None:
@@ -172,8 +167,9 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         tokens=task.tokens,
         sequence_tokens=task.sequence,
         precision=PRECISIONS[int(layout.precision[0])],
-        optimizer_state=_dtype(task.goal, "optimizer_state"),
-        replica_sum=_dtype(task.goal, "replica_sum"),
+        optimizer=task.optimizer,
+        optimizer_state=task.dtype("optimizer_state"),
+        replica_sum=task.dtype("replica_sum"),
         wide_matmuls=tuple(filter(None, str(task.goal.fixed.get("wide_matmuls", "")).split(","))),
         layout=Layout(replica=int(groups.sum()), **axes),
         expert_tp=int(layout.expert_tp[0]),

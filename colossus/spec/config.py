@@ -231,7 +231,8 @@ def run_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def with_plan(config: RunConfig, plan: Plan) -> RunConfig:
     """The configuration with what a plan decides: the model, and the batch; a tokenizer that is still to be trained
-    gets no more entries than the model has rows."""
+    gets no more entries than the model has rows. Raises ConfigError for another optimizer than the plan's."""
+    check_optimizer(config, plan)
     batch = Batch(sequences=plan.global_batch_sequences, sequence_tokens=plan.sequence_tokens)
     plain = {**_to_plain(config), "model": _to_plain(plan.model), "batch": _to_plain(batch)}
     plain.pop("plan", None)
@@ -239,6 +240,16 @@ def with_plan(config: RunConfig, plan: Plan) -> RunConfig:
     if tokenizer.kind == "bpe" and tokenizer.vocab_size > plan.model.vocab_size:
         plain["data"]["tokenizer"]["vocab_size"] = plan.model.vocab_size
     return validated(RunConfig, plain)
+
+
+def check_optimizer(config: RunConfig, plan: Plan) -> None:
+    """Raises ConfigError where the plan was made for another optimizer than the run has."""
+    if config.optimizer.kind != plan.optimizer:
+        raise ConfigError(
+            f"the plan is for {plan.optimizer}, and the run trains with {config.optimizer.kind}, which takes other "
+            f"memory, time and exchanges: plan with --fix optimizer={config.optimizer.kind}, or start a run with "
+            f"--set optimizer.kind={plan.optimizer}"
+        )
 
 
 def recipes() -> Mapping[str, Callable[[], RunConfig]]:

@@ -17,6 +17,7 @@ from colossus.spec.goal import Goal
 from colossus.spec.layout import Layout
 from colossus.spec.model import Dtype, ModelSpec, Positive
 from colossus.spec.ranged import Ranged
+from colossus.spec.run import OptimizerKind
 
 Schedule = Literal["none", "gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"]
 Recompute = Literal["none", "selective", "alternate", "full"]
@@ -101,6 +102,8 @@ class Plan(Frozen):
     sequence_tokens: Positive
     precision: Precision
     """What most matmuls run in; master weights are float32."""
+    optimizer: OptimizerKind = "adamw"
+    """What time, memory and exchanges are those of: a run by this plan trains with it."""
     optimizer_state: Dtype = "float32"
     """What averages of gradients are kept in."""
     replica_sum: Dtype = "float32"

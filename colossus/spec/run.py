@@ -26,6 +26,9 @@ class Batch(Frozen):
         return self.sequences * self.sequence_tokens
 
 
+OptimizerKind = Literal["adamw", "muon"]
+
+
 class AdamW(Frozen):
     """AdamW (arXiv:1711.05101). Weight decay acts on matrices only, never on norms and embeddings."""
 
@@ -55,6 +58,10 @@ class Muon(Frozen):
     @property
     def sparse_learning_rate(self) -> float:
         return self.rest.sparse_learning_rate
+
+
+OPTIMIZERS: dict[OptimizerKind, AdamW | Muon] = {"adamw": AdamW(), "muon": Muon()}
+"""Each kind as it is where nothing is said of it."""
 
 
 class WarmupStableDecay(Frozen):

@@ -28,7 +28,7 @@ from colossus.observe.summary import Summary
 from colossus.parallel.mesh import Mesh
 from colossus.planner.one_rank.plan import loss_chunk_tokens
 from colossus.spec.compose import ZERO_BUBBLE, check_job
-from colossus.spec.config import with_plan
+from colossus.spec.config import check_optimizer, with_plan
 from colossus.spec.duration import Duration
 from colossus.spec.job import Job
 from colossus.spec.plan import Plan
@@ -111,6 +111,7 @@ def _check_same_run(run: RunDirectory, config: RunConfig, plan: Plan) -> None:
     """Raises ConfigError for a plan that does not go on with what the run has trained."""
     if plan.model != config.model:
         raise ConfigError(f"the plan is for {plan.model.name}, and {run.path} trains {config.model.name}")
+    check_optimizer(config, plan)
     planned = (plan.global_batch_sequences, plan.sequence_tokens)
     if planned != (config.batch.sequences, config.batch.sequence_tokens):
         # The step number says which samples come next: with another batch, some would come twice or never.

@@ -9,10 +9,18 @@ from colossus.spec.job import Job
 from colossus.spec.model import ModelSpec
 from colossus.spec.plan import Estimate, Plan, PoolShare
 from colossus.spec.ranged import Ranged
+from colossus.spec.run import OptimizerKind
 from tests.parallel.layouts import job
 
 
-def plan_of(model: ModelSpec, *, tokens: int = 10**6, like: Job | None = None, **settings: Any) -> Plan:
+def plan_of(
+    model: ModelSpec,
+    *,
+    tokens: int = 10**6,
+    like: Job | None = None,
+    optimizer: OptimizerKind = "adamw",
+    **settings: Any,
+) -> Plan:
     """A plan of the job that `settings` (as of `layouts.job`) make. Its figures are invented."""
     made = like or job(model, **settings)
     some, nothing = Ranged.exactly(1.0), Ranged.exactly(0.0)
@@ -35,7 +43,7 @@ def plan_of(model: ModelSpec, *, tokens: int = 10**6, like: Job | None = None, *
     fields = {name: getattr(made, name) for name in Job.model_fields if name != "shares"}
     return Plan(
         model=model, fleet=fleet, goal=Goal(tokens=tokens), tokens=tokens, pools=pools, estimate=estimate, reasons={},
-        **fields,
+        optimizer=optimizer, **fields,
     )  # fmt: skip
 
 

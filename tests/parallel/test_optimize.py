@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colossus.optim import Muon, Optimizers, build_optimizers, scale_gradients
 from colossus.parallel.mesh import Mesh
-from colossus.parallel.optimize import Matrix, MatrixRounds, Split, deal, gradient_norm, sum_loads, sum_sparse
+from colossus.parallel.optimize import MatrixRounds, gradient_norm, sum_loads, sum_sparse
 from colossus.spec.layout import Layout
+from colossus.spec.matrices import Matrix, Split, deal
 from colossus.spec.model import (
     AttentionSpec,
     FirstLayers,
@@ -357,7 +358,7 @@ def matrices(team_sizes: tuple[int, ...], *shapes: tuple[int, int]) -> list[Matr
             sizes = tuple(max(0, min(step, whole[0] - part * step)) for part in range(size))
             splits.append(Split(whole, 0, sizes, 1))
             whole = (step, whole[1])
-        made.append(Matrix(torch.empty(0), 0, shape, tuple(splits)))
+        made.append(Matrix(0, 0, shape, tuple(splits)))
     return made
 
 

@@ -5,7 +5,7 @@ Bytes are, of an all-gather, the whole that comes together; of a reduce-scatter,
 all-reduce, the tensor; of an all-to-all, all that this rank sends, to itself too; of a send, the message.
 
 Of experts it is taken that all are chosen alike: what one rank sends more, another sends less. Not counted: sparse
-tables, whose rows are known when tokens are; and Muon's matrices, which parallel/optimize.py deals out.
+tables, whose rows are known when tokens are.
 """
 
 from collections import Counter
@@ -17,8 +17,10 @@ from typing import Literal, NamedTuple
 
 from colossus.spec.job import Job
 from colossus.spec.layout import Group, Mates
+from colossus.spec.matrices import deal_out
 from colossus.spec.model import BYTES_PER_ELEMENT, AttentionSpec, Dtype, ModelSpec, MoeSpec
 from colossus.spec.plan import Recompute
+from colossus.spec.run import OptimizerKind
 from colossus.spec.sharding import Placement, ShardingTable, sharding_table
 from colossus.spec.stages import Stage
 
@@ -64,11 +66,13 @@ def collectives(
     *,
     dtype: Dtype,
     chunk_tokens: int,
+    optimizer: OptimizerKind = "adamw",
     router_losses: bool = False,
     num_micro_batches: int | None = None,
 ) -> tuple[Exchange, ...]:
     """Those of one step on `rank`. `num_micro_batches`: in place of the job's own, where fewer of them are run."""
-    return in_order(_Step(model, job, rank, dtype, chunk_tokens, router_losses, num_micro_batches).counts())
+    step = _Step(model, job, rank, dtype, chunk_tokens, optimizer, router_losses, num_micro_batches)
+    return in_order(step.counts())
 
 
 Counts = Counter[Collective]
@@ -87,11 +91,12 @@ class _Step:
     """What matmuls run in."""
     chunk_tokens: int
     """Of the loss: tokens whose logits stand in memory at once."""
+    optimizer: OptimizerKind
     router_losses: bool
     given_micro_batches: int | None
 
     def counts(self) -> Counts:
-        counts = self._pipeline() + self._after_backward()
+        counts = self._pipeline() + self._after_backward() + self._whole_matrices()
         for stage in self._stages:
             counts += _times(self._passes(stage), self._num_micro_batches) + self._sharding(stage)
         return counts
@@ -442,6 +447,20 @@ class _Step:
             counts[Collective("all-reduce", "group", FLOAT64)] += 1
         if self._size("replica") > 1:
             counts[Collective("all-reduce", "replica", FLOAT64)] += 1
+        return counts
+
+    def _whole_matrices(self) -> Counts:
+        """Muon's: parts come together where a matrix is orthogonalised, and directions go back, in the dtype of
+        matmuls."""
+        counts: Counts = Counter()
+        if self.optimizer == "muon":
+            placements = [self._placements[name] for name in self._parameters_here()]
+            matrices = [placement for placement in placements if placement.parameter.role == "matrix"]
+            shapes = [placement.box(self._mates.__getitem__).shape for placement in matrices]
+            stacked = [shape[0] if len(shape) == 3 else 1 for shape in shapes]
+            for dealt in deal_out(matrices, stacked, self._mates.__getitem__):
+                for group, num_sent in dealt.exchanges():
+                    counts[Collective("all-to-all", group, self._element * num_sent)] += 1
         return counts
 
     def _left(self) -> dict[tuple[tuple[Group, int], ...], list[int]]:

@@ -73,6 +73,10 @@ class Execution(Columns):
     """How context-parallel ranks see each other's keys and values: index into EXCHANGES, or FASTEST_EXCHANGE."""
     keeps_gathered: Array = field(default_factory=lambda: np.zeros(()))
     """1 where what tensor-parallel ranks gather for a matmul is kept for the backward pass and not gathered again."""
+    muon: Array = field(default_factory=lambda: np.zeros(()))
+    """1 where matrices take Muon, 0 where all take AdamW."""
+    state_bytes: Array = field(default_factory=lambda: 4.0 * np.ones(()))
+    """Bytes of each number that the optimizer keeps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,12 @@ class MeasuredRates:
 
         return product("forward"), product("input_gradient") + product("weight_gradient")
 
+    def product_s(self, rows: Array, columns: Array, inner: Array, dtype: Array) -> Array:
+        """Seconds of one product (rows × inner)·(inner × columns), as a linear layer's forward pass takes."""
+        return self._by_dtype(
+            dtype, lambda own: _law_s(self.laws[own, "forward"], rows, columns, inner, ITEMSIZE[own])
+        )
+
     def operation_s(self, name: Operation, elements: Array, dtype: Array) -> Array:
         """Seconds forward and backward."""
         return self._by_dtype(dtype, lambda own: _on_curve(elements, *self.operations[own, name]))

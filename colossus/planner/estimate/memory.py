@@ -106,7 +106,8 @@ class Held(Columns):
     @classmethod
     def of(cls, execution: Execution) -> "Held":
         """Fully sharded: float32 weights, gradients and moments (4 + 4 + 8). Else 16-bit weights (2), gradients
-        as they are summed (Megatron's float32 buffer 4, else 2), copy and moments (12).
+        as they are summed (Megatron's float32 buffer 4, else 2), copy and moments (12). Muon has one in place of two
+        moments; its few weights that take AdamW are taken for others.
 
         The loss: PyTorch's casts logits to float32 first; vocabulary-parallel cross-entropy does so in place, and
         overwrites them with their gradient where it is fused.
@@ -114,10 +115,11 @@ class Held(Columns):
         x, c = execution, memory_constants()
         full = x.sharding == WEIGHTS
         zero = 0.0 * x.sharding
+        moments = (2.0 - x.muon) * x.state_bytes
         return cls(
             weight=np.where(full, 4.0, 2.0),
             gradient=np.where(full, 4.0, x.gradient_bytes),
-            optimizer=np.where(full, 8.0, 12.0),
+            optimizer=np.where(full, moments, 4.0 + moments),
             step=np.where(full | (x.gradient_bytes >= 4.0), 0.0, 4.0),
             narrow=zero,
             logit=np.where(

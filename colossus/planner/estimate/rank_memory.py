@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from colossus.planner.estimate.layer_memory import LayerMemory, LossMemory, layer_memory, loss_memory
+from colossus.planner.estimate.orthogonal import orthogonal_bytes
 from colossus.planner.one_rank.activations import (
     FLOAT32,
     Shape,
@@ -177,6 +178,8 @@ class _Part:
     """Bytes of the optimizer's."""
     left: list[int] = field(default_factory=list)
     """Bytes of gradients that are left to sum over ranks, each."""
+    matrices: list[tuple[Placement, int]] = field(default_factory=list)
+    """Of Muon: each, and how many are here of a stack."""
 
     def units(self) -> Iterator[_Unit]:
         yield self.ends
@@ -280,6 +283,9 @@ class _Step:
             part.state += self._state_bytes(parameter, unit.kept - kept)
             if parameter.role != "balance":
                 part.left += self._left(placement, unit.kept - kept)
+            if self._takes_muon(parameter):
+                box = placement.box(lambda group: self.mates[group])
+                part.matrices.append((placement, box.shape[0] if len(box.shape) == 3 else 1))
             return unit.whole - before
 
         if stage.is_first or (stage.is_last and model.tied_embeddings):
@@ -339,8 +345,10 @@ class _Step:
     def _state_bytes(self, parameter: ParameterSpec, kept: int) -> int:
         if self.how.optimizer is None or parameter.role == "balance":
             return 0
-        is_matrix = parameter.role == "matrix" and isinstance(self.how.optimizer, Muon)
-        return (1 if is_matrix else 2) * self.how.state_bytes * kept
+        return (1 if self._takes_muon(parameter) else 2) * self.how.state_bytes * kept
+
+    def _takes_muon(self, parameter: ParameterSpec) -> bool:
+        return parameter.role == "matrix" and isinstance(self.how.optimizer, Muon)
 
     def _left(self, placement: Placement, kept: int) -> list[int]:
         """Gradients that are summed over ranks after the last backward pass, as parallel/sums.py does."""
@@ -502,6 +510,13 @@ class _Step:
         """Sums over ranks, and the optimizer."""
         left = [size for part in self.parts.values() for size in part.left]
         self.ledger.moment("workspace", max(min(sum(left), BUCKET_BYTES), max(left, default=0)))
+        matrices = [matrix for part in self.parts.values() for matrix in part.matrices]
+        if matrices:
+            placements, counts = zip(*matrices, strict=True)
+            element = BYTES_PER_ELEMENT[self.how.dtype]
+            self.ledger.moment(
+                "workspace", orthogonal_bytes(placements, counts, self.mates.__getitem__, element)
+            )
 
     def _came(self, part: _Part, index: int) -> int:
         return self.message if index == 0 and not part.stage.is_first else 0

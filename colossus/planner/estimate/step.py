@@ -19,6 +19,7 @@ from colossus.planner.estimate.layers import (
     layer_weights,
 )
 from colossus.planner.estimate.measured_parts import measured_gradients_s
+from colossus.planner.estimate.orthogonal import TRAFFIC, matrix_weights, orthogonal_s
 from colossus.planner.estimate.shape import ModelShape
 
 __all__ = [
@@ -115,7 +116,7 @@ def step_parts_of(
         data_s=data,
         pipeline_s=_pipeline_s(shape, x, hardware, c),
         bubble_s=others / x.chunks,
-        optimizer_s=_optimizer_s(x, held_dense, held_expert, hardware, c),
+        optimizer_s=_optimizer_s(shape, x, held_dense, held_expert, hardware, c),
         straggler_s=np.zeros_like(data),
         fixed_s=c.step_s + 0.0 * data,
     )
@@ -227,16 +228,27 @@ def _handed_on_s(x: Execution, dense: Array, hardware: Hardware, c: Constants) -
     return np.asarray(c.bucket_s * dense / 1e9 * (nodes - 1.0) * np.sqrt(nodes / 16.0))
 
 
-def _optimizer_s(x: Execution, dense: Array, experts: Array, hardware: Hardware, c: Constants) -> Array:
-    """Seconds of the optimizer's passes over its part of the weights."""
+def _optimizer_s(
+    shape: ModelShape, x: Execution, dense: Array, experts: Array, hardware: Hardware, c: Constants
+) -> Array:
+    """Seconds of the optimizer's passes over its part of the weights; of Muon also its products and exchanges, for
+    which all wait."""
     ranks = x.data * x.cp
     expert_ranks = np.maximum(ranks * x.tp / (x.ep * x.expert_tp), 1.0)
     owners = np.where(x.sharding >= 1, np.where(x.sharding == 1, _owners(x), x.shard), 1.0)
     expert_owners = np.where(x.sharding >= 1, np.minimum(expert_ranks, owners), 1.0)
+    weights = dense / owners + experts / expert_owners
+    orthogonal: Array = np.zeros(())
+    if np.any(x.muon > 0):
+        most, _, _ = stage_layers(shape.layers, x.pp, x.chunks)
+        in_dense, in_experts = matrix_weights(shape, x)
+        matrices = most * (in_dense / owners + in_experts / expert_owners)
+        weights = weights + np.where(x.muon > 0, (TRAFFIC - 1.0) * matrices, 0.0)
+        products, exchanges = orthogonal_s(shape, x, most, hardware, c)
+        orthogonal = np.where(x.muon > 0, products + exchanges, 0.0)
     if hardware.measured is not None:
-        weights = dense / owners + experts / expert_owners
-        return hardware.measured.operation_s("optimizer", weights, hardware.dtype)
-    return memory_s(c.optimizer_bytes * (dense / owners + experts / expert_owners), hardware, c)
+        return hardware.measured.operation_s("optimizer", weights, hardware.dtype) + orthogonal
+    return memory_s(c.optimizer_bytes * weights, hardware, c) + orthogonal
 
 
 def stage_layers(layers: Array, pp: Array, chunks: Array) -> tuple[Array, Array, Array]:

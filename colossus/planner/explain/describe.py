@@ -52,6 +52,8 @@ GIVEN: Final[Mapping[str, str]] = {
     "goal": "How far, and on what terms.",
     "tokens": "Trained in the whole run.",
     "sequence_tokens": "Tokens of one sequence.",
+    "optimizer": "What moves the weights; time, memory and exchanges are those of it. Muon is for matrices alone.",
+    "optimizer_state": "What averages of gradients are kept in.",
 }
 
 FOLLOWS: Final[Mapping[str, str]] = {
@@ -196,7 +198,7 @@ def _given(plan: Plan, name: str) -> str:
         case "goal":
             return ", ".join(_goal(plan))
     value = getattr(plan, name)
-    return f"{value:,}"
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _goal(plan: Plan) -> Iterator[str]:

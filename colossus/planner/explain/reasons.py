@@ -90,6 +90,8 @@ def _general_reasons(plan: Plan) -> Iterator[tuple[str, str]]:
     )
     chips = {pool.chip.name for pool in plan.fleet.pools}
     yield "precision", f"{', '.join(sorted(chips))} run it; master weights stay float32"
+    for name in ("optimizer", "optimizer_state"):
+        yield name, "asked for" if name in plan.goal.fixed else f"the usual one; --fix {name}=… takes another"
     yield "micro_batch", (f"the fullest rank holds {pace.peak_bytes / GIB:.1f} of {limit_text(pace)}")
     yield (
         "num_micro_batches",

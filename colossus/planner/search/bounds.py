@@ -18,6 +18,8 @@ from colossus.planner.schedule import activations_in_flight
 from colossus.planner.schedule.order import SCHEDULES
 from colossus.planner.search.space import PRECISIONS, Layouts, Options
 from colossus.spec.fleet import Fabric, Pool
+from colossus.spec.model import BYTES_PER_ELEMENT, Dtype
+from colossus.spec.run import OptimizerKind
 
 Indices = npt.NDArray[np.intp]
 
@@ -62,6 +64,8 @@ class Problem:
     """By pool: failures of one chip per second; none: they do not count."""
     absence_s: float = 0.0
     """How long a replica group is away after one of its chips has failed."""
+    optimizer: OptimizerKind = "adamw"
+    optimizer_state: Dtype = "float32"
     all_alike: bool = False
     """Pools do not differ in micro-batch, count and recompute (the weakest decides)."""
     values: dict[str, float] = field(default_factory=shipped)
@@ -124,6 +128,8 @@ def execution(
         gradient_bytes=4.0 * one,
         exchange=FASTEST_EXCHANGE * one,
         keeps_gathered=one,
+        muon=float(problem.optimizer == "muon") * one,
+        state_bytes=BYTES_PER_ELEMENT[problem.optimizer_state] * one,
     )
 
 

@@ -18,9 +18,9 @@ from colossus.planner.search.bounds import Problem, execution, limit_bytes
 from colossus.planner.search.space import PRECISIONS, Layouts
 from colossus.spec.job import Job, Share
 from colossus.spec.layout import Coordinates, Layout
-from colossus.spec.model import Dtype, ModelSpec, MoeSpec
+from colossus.spec.model import BYTES_PER_ELEMENT, Dtype, ModelSpec, MoeSpec
 from colossus.spec.plan import ContextExchange
-from colossus.spec.run import AdamW
+from colossus.spec.run import OPTIMIZERS, OptimizerKind
 
 
 def fits(model: ModelSpec, search: Search, evaluated: Evaluated) -> Callable[[int], bool]:
@@ -82,8 +82,10 @@ def pool_memory(
             stage_layers=layers_of_stages(problem, layout),
             sequence_tokens=problem.sequence,
             precision=PRECISIONS[int(layout.precision[0])],
+            optimizer_state=problem.optimizer_state,
             shares=(share,),
         ),
+        problem.optimizer,
         on_cpu=problem.pools[pool].chip.generation == "cpu",
     )
 
@@ -106,16 +108,19 @@ def exchange(problem: Problem, layout: Layouts, option: int) -> ContextExchange 
 
 
 @lru_cache(maxsize=65_536)
-def fullest_rank_bytes(model: ModelSpec, job: Job, *, on_cpu: bool = False) -> dict[str, int]:
+def fullest_rank_bytes(
+    model: ModelSpec, job: Job, optimizer: OptimizerKind = "adamw", *, on_cpu: bool = False
+) -> dict[str, int]:
     """By what holds it, on the fullest rank of a replica group of `job`'s first share, with what the device's context
-    and communicators take; on a CPU, what a process takes before it has a model. The optimizer is AdamW."""
+    and communicators take; on a CPU, what a process takes before it has a model."""
     dtype: Dtype = "float32" if job.precision in ("float32", "tf32") else "bfloat16"
     layout = job.layout
     tokens = job.shares[0].micro_batch_sequences * job.sequence_tokens // layout.cp
     how = How(
         dtype=dtype,
         chunk_tokens=loss_chunk_tokens(model, tokens, "cpu" if on_cpu else "cuda", tp=layout.tp),
-        optimizer=AdamW(),
+        optimizer=OPTIMIZERS[optimizer],
+        state_bytes=BYTES_PER_ELEMENT[job.optimizer_state],
         router_losses=True,
         on_cpu=on_cpu,
     )

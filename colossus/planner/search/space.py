@@ -20,6 +20,7 @@ from colossus.spec.fleet import Pool, Precision
 from colossus.spec.goal import Goal
 from colossus.spec.model import ModelSpec
 from colossus.spec.parts import MoeSpec
+from colossus.spec.run import OPTIMIZERS
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16", "fp8", "mxfp8", "nvfp4")
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 16)
@@ -29,8 +30,7 @@ MAX_STAGES, MAX_CHUNKS, MAX_SHARD, MAX_CONTEXT = 64, 16, 2048, 64
 LEAST_TOKENS_PER_CONTEXT_RANK = 512
 FIXABLE = (
     "tp", "pp", "cp", "ep", "expert_tp", "shard", "sharding", "schedule", "virtual_stages", "precision",
-    "micro_batch", "recompute", "optimizer_state", "replica_sum",
-    "wide_matmuls",
+    "micro_batch", "recompute", "optimizer", "optimizer_state", "replica_sum", "wide_matmuls",
 )  # fmt: skip
 
 
@@ -82,7 +82,8 @@ def check_fixed(goal: Goal) -> dict[str, str]:
     """The fixed choices as text, by name. Raises ConfigError for a name or a word that does not exist."""
     words: dict[str, Sequence[str]] = {
         "sharding": SHARDING, "schedule": SCHEDULES, "precision": PRECISIONS, "recompute": RECOMPUTE,
-        "optimizer_state": ("float32", "bfloat16"), "replica_sum": ("float32", "bfloat16"),
+        "optimizer": tuple(OPTIMIZERS), "optimizer_state": ("float32", "bfloat16"),
+        "replica_sum": ("float32", "bfloat16"),
     }  # fmt: skip
     fixed = {}
     for name, value in goal.fixed.items():
