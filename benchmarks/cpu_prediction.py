@@ -47,7 +47,7 @@ from colossus.spec.layout import Layout
 from colossus.spec.model import AttentionSpec, Dtype, MlpSpec, ModelSpec
 from colossus.spec.plan import Plan
 from colossus.spec.rank import Machine, Memory, RankEstimate, RankPlan
-from colossus.spec.run import AdamW
+from colossus.spec.run import OPTIMIZERS, AdamW, OptimizerKind
 from colossus.trainer.machine import prepare_process
 from colossus.trainer.precision import use_float32_library
 from colossus.trainer.step import accumulate_gradients
@@ -188,7 +188,7 @@ TEXT = Path(colossus.__file__).parent / "spec"
 """What is trained on: little, so that the closing evaluation is short."""
 
 
-def layout_rows(fleet: Fleet, dtype: Dtype) -> Iterator[dict[str, Any]]:
+def layout_rows(fleet: Fleet, dtype: Dtype, optimizer: OptimizerKind) -> Iterator[dict[str, Any]]:
     """Each model under each layout: predicted and measured seconds of a step. A layout that the planner does not
     offer or the trainer does not run is told on stderr and left out."""
     for spec in (MODELS[i] for i in LAYOUT_MODELS):
@@ -196,8 +196,10 @@ def layout_rows(fleet: Fleet, dtype: Dtype) -> Iterator[dict[str, Any]]:
             goal = Goal(
                 tokens=10**6,
                 max_global_batch_sequences=LAYOUT_SEQUENCES,
-                fixed={**fixed, "micro_batch": 2, "precision": dtype, "recompute": "none"},
-            )
+                fixed={
+                    **fixed, "micro_batch": 2, "precision": dtype, "recompute": "none", "optimizer": optimizer,
+                },
+            )  # fmt: skip
             try:
                 plan = make_plan(spec, fleet, goal, sequence_tokens=LAYOUT_TOKENS).plan
                 took = trained_s(plan)
@@ -225,7 +227,9 @@ def trained_s(plan: Plan) -> float:
         path.write_text(plan.to_json(), encoding="utf-8")
         command = [sys.executable, "-m", "colossus.cli", "train", "--plan", str(path), "--threads", "1"]
         command += ["--steps", str(LAYOUT_STEPS), "--json", "--no-sample", "--runs", scratch]
-        command += ["--data", str(TEXT), "--set", "optimizer.kind=adamw"]
+        command += ["--data", str(TEXT)]
+        if plan.optimizer == "muon":  # as many as are priced; the default recipe has fewer
+            command += ["--set", "optimizer.newton_schulz_steps=5"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         run = Path(json.loads(done.stdout)["run_dir"])
         steps = [event for event in read_events(run / "events.jsonl") if isinstance(event, StepDone)]
@@ -239,9 +243,9 @@ def regret(rows: Sequence[dict[str, Any]]) -> float:
     return float(chosen["measured_s"] / chosen["tokens"] / best - 1)
 
 
-def print_layouts(fleet: Fleet, dtype: Dtype) -> list[dict[str, Any]]:
+def print_layouts(fleet: Fleet, dtype: Dtype, optimizer: OptimizerKind) -> list[dict[str, Any]]:
     rows = []
-    for row in layout_rows(fleet, dtype):
+    for row in layout_rows(fleet, dtype, optimizer):
         rows.append(row)
         print(
             f"{row['model']:>8} {row['dtype']:>9} {row['layout']:>10} {row['measured_s'] * 1e3:12.1f} "
@@ -260,15 +264,19 @@ def main() -> None:
     parser.add_argument("fleet", type=Path, help="what `colossus doctor --calibrate` wrote")
     parser.add_argument("--layouts", action="store_true", help="two processes, by the real command")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="with --layouts")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="with --layouts")
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
-    fleet = parse_fleet(str(args.fleet))
+    try:
+        fleet = parse_fleet(str(args.fleet))
+    except ConfigError as error:
+        parser.error(str(error))
     rates = fleet.pools[0].chip.measured
     assert rates is not None, "this fleet has not been measured"
     prepare_process(rates.num_threads)
     use_float32_library(rates.float32_library)
     if args.layouts:
-        conclude(print_layouts(fleet, args.dtype), args.json)
+        conclude(print_layouts(fleet, args.dtype, args.optimizer), args.json)
         return
     rows = []
     print(

@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 import colossus
+from colossus.errors import ConfigError
 from colossus.events import StepDone, read_events
 from colossus.hardware import parse_fleet
 from colossus.planner.plan import make_plan
@@ -147,7 +148,7 @@ def trained(plan: Plan, limits: Sequence[float]) -> Trained:
         (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         command = [sys.executable, "-m", "colossus.cli", "train", "--plan", str(folder / "plan.json")]
         command += ["--threads", "1", "--steps", str(NUM_STEPS), "--no-sample", "--name", "run"]
-        command += ["--runs", str(folder / "runs"), "--data", str(TEXT), "--set", "optimizer.kind=adamw"]
+        command += ["--runs", str(folder / "runs"), "--data", str(TEXT)]
         with (folder / "said").open("w") as said:
             process = subprocess.Popen(command, stdout=said, stderr=said)
             samples = _watched(process, groups, folder / "runs" / "run-001" / "events.jsonl")
@@ -199,7 +200,11 @@ def main() -> None:
         raise SystemExit(
             f"{CGROUPS} is no place to write to: CPU limits are set by root, in cgroups of version 1"
         )
-    plan = planned(fleet_of(parse_fleet(str(args.fleet)), args.limits))
+    try:
+        fleet = parse_fleet(str(args.fleet))
+    except ConfigError as error:
+        parser.error(str(error))
+    plan = planned(fleet_of(fleet, args.limits))
     rows = []
     print(f"limits of {' and '.join(f'{share:.0%}' for share in args.limits)} of a core")
     print(

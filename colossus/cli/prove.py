@@ -31,6 +31,14 @@ WHAT_FOR = {
 }
 """By group of ranks: what is exchanged in it."""
 
+
+def what_for(group: str, kind: str) -> str:
+    """What a group exchanges in that way, in words."""
+    if kind == "all-to-all" and group not in ("ep", "cp"):
+        return "whole matrices for Muon"
+    return WHAT_FOR.get(group, "")
+
+
 _MEMORY = (
     ("weights", ("weights",), ("weights",)),
     ("optimizer", ("optimizer",), ("optimizer",)),
@@ -169,7 +177,7 @@ def _exchanges(plan: Plan, one: "RoleProof") -> "Table":
         _, whole = _sum(one.whole_step, group, kind)
         table.add_row(
             group, f"{_size(plan, one, group):,}", kind, f"{times:,}", f"{priced_times:,}", f"{size / _GIB:.3g}",
-            f"{whole / _GIB:.3g}", WHAT_FOR.get(group, ""),
+            f"{whole / _GIB:.3g}", what_for(group, kind),
         )  # fmt: skip
     return table
 

@@ -173,7 +173,9 @@ class Plan(Frozen):
                 f"{origin} is not a plan file: {error}; it may have been cut short: plan again with --out"
             ) from None
         if not isinstance(plain, dict) or not isinstance(plain.get("plan"), dict):
-            raise ConfigError(f"{origin} is not a plan file: it lacks 'plan' and 'fingerprint'")
+            raise ConfigError(
+                f"{origin} is not a plan file: that is an object with 'fingerprint', and 'plan', an object too"
+            )
         try:
             plan = cls.model_validate_json(json.dumps(plain["plan"]))
         except ValidationError as error:
