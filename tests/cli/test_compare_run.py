@@ -19,6 +19,7 @@ from colossus.observe.summary import Summary
 from colossus.spec.config import with_plan
 from colossus.spec.plan import Estimate, Plan
 from colossus.spec.ranged import Ranged
+from colossus.spec.run import OPTIMIZERS, AdamW
 from tests.helpers import tiny
 from tests.observe.test_report import Log
 from tests.observe.test_summary_and_curves import SUMMARY
@@ -53,12 +54,12 @@ def log_of(fingerprint: str | None, *, num_steps: int = 10, step_s: float = STEP
 
 def new_run(runs: Path, name: str, plan: Plan | None, log: Log, **summary: Any) -> RunDirectory:
     made = RunDirectory.create(runs, name)
-    config = small_config()
     if plan is None:
+        config = small_config()
         config = config.model_copy(update={"plan": plan_for(config.batch)})
     else:
         made.write_plan(plan)
-        config = with_plan(config, plan)
+        config = with_plan(small_config(optimizer=OPTIMIZERS[plan.optimizer]), plan)
     made.write_description(config)
     made.events_path.write_text("".join(event.to_json() + "\n" for event in log.events))
     told = {"device_kind": "cpu", "peak_memory_bytes_by_rank": (1_400_000_000, 1_450_000_000), **summary}
@@ -248,6 +249,8 @@ def test_two_ranks_planned_trained_and_compared(tmp_path: Path, run: Run) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = Summary.from_json(done.stdout)
+    # The plan's, as nobody chose the default recipe's.
+    assert RunDirectory.open("latest", tmp_path).config().optimizer == AdamW()
     assert len(summary.peak_memory_bytes_by_rank) == 2
     # Each rank is a process that has loaded torch; the first one's peak is in the summary by itself, too.
     assert min(summary.peak_memory_bytes_by_rank) > 50 * 2**20

@@ -89,7 +89,7 @@ def test_a_plan_file_gives_the_plan_back(mixed: Planned) -> None:
     ("damage", "says"),
     [
         (lambda text: text[: len(text) // 2], "cut short"),
-        (lambda text: "{}", "lacks 'plan'"),
+        (lambda text: "{}", "is not a plan file: that is an object with"),
         (lambda text: text.replace('"schedule": "', '"schedule": "x'), "schedule"),
         (
             lambda text: json.dumps({**json.loads(text), "plan": {**json.loads(text)["plan"], "tokens": 7}}),

@@ -49,7 +49,7 @@ def execution(**numbers: float | str) -> Execution:
     values |= {
         "sequence": 4096, "sequence_parallel": 1, "recompute": "none", "sharding": "none", "gradient_bytes": 4,
         "overlap_tensor": 0, "overlap_experts": 0, "one_copy_per_node": 0,
-        "keeps_gathered": 0,
+        "keeps_gathered": 0, "muon": 0, "state_bytes": 4,
     } | numbers  # fmt: skip
     values["recompute"] = RECOMPUTE.index(str(values["recompute"]))
     values["sharding"] = SHARDING.index(str(values["sharding"]))

@@ -35,7 +35,8 @@ def execution(**changes: Any) -> Execution:
     """One sequence of 4,096 tokens on one rank, with all that can be fused and overlapped."""
     numbers: dict[str, Any] = {
         field.name: 1.0 for field in fields(Execution)
-    } | {"sequence": 4096, "sharding": 0, "recompute": 0, "gradient_bytes": 4, "exchange": 0}  # fmt: skip
+    } | {"sequence": 4096, "sharding": 0, "recompute": 0, "gradient_bytes": 4, "exchange": 0,
+        "muon": 0, "state_bytes": 4}  # fmt: skip
     return Execution(**{name: np.asarray(value, dtype=float) for name, value in (numbers | changes).items()})
 
 

@@ -5,12 +5,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from colossus.errors import ConfigError
 from colossus.spec.base import Frozen
+from colossus.spec.config import with_plan
 from colossus.spec.data import DataConfig, Source, TrainedTokenizer
 from colossus.spec.duration import Duration
 from colossus.spec.layout import Layout
 from colossus.spec.model import AttentionSpec, MlpSpec, NgramSpec, NormSpec, RecallSpec, RopeSpec
 from colossus.spec.run import AdamW, Batch, Cosine, Evaluation, Muon, WarmupStableDecay
+from tests.parallel.plans import plan_of
 from tests.spec.configs import plan_for, small_config
 
 
@@ -70,6 +73,17 @@ def test_a_plan_of_another_batch() -> None:
     plan = plan_for(Batch(sequences=8, sequence_tokens=64))
     with pytest.raises(ValidationError, match="the plan is for 8 sequences of 64 tokens a step, but"):
         small_config(plan=plan)
+
+
+def test_a_plan_for_another_optimizer() -> None:
+    """Time, memory and exchanges of a plan are of its optimizer: a run with another one is not what was planned."""
+    plan = plan_of(small_config().model, optimizer="muon")
+    muon = small_config(optimizer=Muon())
+    assert with_plan(muon, plan).optimizer == muon.optimizer
+    with pytest.raises(
+        ConfigError, match=r"is for muon, and the run trains with adamw.* plan with --fix optimizer=adamw"
+    ):
+        with_plan(small_config(optimizer=AdamW()), plan)
 
 
 def test_reasons_for_what_a_plan_does_not_have() -> None:
