@@ -5,7 +5,7 @@ In this order, and why:
  1. build on the meta device: no memory, whatever the size
  2. cut the pipeline: keep this rank's stages, so that all that follows is small
  3. cut parameters to what this rank computes with: their shapes are the sharding table's
- 4. FP8: the matmul itself; each operand row by row, so that no rank needs to know another's largest number
+ 4. FP8: the matmul itself; scales are of what is here, row by row unless the plan says otherwise
  5. put off weight gradients, where the schedule wants it: around the matmul alone
  6. tensor and expert parallelism: exchanges go around the modules that compute with parts
  7. recompute: around the exchanges, which are made again with what they surround
@@ -67,7 +67,7 @@ def apply(
     """This rank's stages in order, without data yet. Raises ConfigError for what cannot be combined."""
     check_job(model, job, compiled=compiled)
     table = table_of(model, job)
-    recipe = recipe_of(job.precision)
+    recipe = recipe_of(job.precision, job.float8)
     recompute = job.share(mesh.rank).recompute
     parts = []
     for stage in job.stages:

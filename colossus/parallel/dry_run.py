@@ -220,7 +220,9 @@ def prove_role(plan: Plan, role: Role) -> RoleProof:
     traced = enough_micro_batches(job, role.stage, share.num_micro_batches)
     shares = list(job.shares)
     shares[role.pool] = share.model_copy(update={"num_micro_batches": traced})
-    here = job.model_copy(update={"shares": tuple(shares)})
+    # Transformer Engine is for CUDA, and would do the same products.
+    float8 = "tensorwise" if job.float8 == "transformer_engine" else job.float8
+    here = job.model_copy(update={"shares": tuple(shares), "float8": float8})
     dtype = dtype_of(plan)
     tokens = share.micro_batch_sequences * job.sequence_tokens // job.layout.cp
     chunk_tokens = loss_chunk_tokens(model, tokens, "cuda", tp=job.layout.tp)

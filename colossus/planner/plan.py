@@ -170,6 +170,7 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         optimizer=task.optimizer,
         optimizer_state=task.dtype("optimizer_state"),
         replica_sum=task.dtype("replica_sum"),
+        float8=task.goal.fixed.get("float8", "rowwise"),
         wide_matmuls=tuple(filter(None, str(task.goal.fixed.get("wide_matmuls", "")).split(","))),
         layout=Layout(replica=int(groups.sum()), **axes),
         expert_tp=int(layout.expert_tp[0]),

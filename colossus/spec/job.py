@@ -8,7 +8,7 @@ from colossus.spec.base import Frozen, Positive
 from colossus.spec.fleet import Precision
 from colossus.spec.layout import Layout
 from colossus.spec.model import Dtype
-from colossus.spec.plan import ContextExchange, Plan, Recompute, Schedule, Sharding
+from colossus.spec.plan import ContextExchange, Float8, Plan, Recompute, Schedule, Sharding
 from colossus.spec.stages import Stage, pipeline_stages
 
 
@@ -49,6 +49,7 @@ class Job(Frozen):
     precision: Precision = "float32"
     optimizer_state: Dtype = "float32"
     replica_sum: Dtype = "float32"
+    float8: Float8 = "rowwise"
     wide_matmuls: tuple[str, ...] = ()
     shares: Annotated[tuple[Share, ...], Field(min_length=1)] = (Share(),)
     """Of the replica groups, in order: the first ones are the first pool's."""

@@ -26,6 +26,9 @@ every other matmul; `full`: each layer from its input."""
 ContextExchange = Literal["ring", "all-gather", "all-to-all"]
 """How context-parallel ranks see each other's keys and values: sent round beside attention (arXiv:2310.01889), gathered
 first (arXiv:2407.21783), or sequence parts traded for heads and back (arXiv:2309.14509)."""
+Float8 = Literal["rowwise", "tensorwise", "transformer_engine"]
+"""How matmuls in FP8 are scaled, and whose they are: a scale for each row, or one for each tensor, by torch; or one for
+each tensor by Transformer Engine, an optional library for CUDA."""
 Sharding = Literal["none", "optimizer", "gradients", "weights"]
 """What is split over the shard axis besides the samples: ZeRO stages 0 to 3 (arXiv:1910.02054); 3 is FSDP."""
 
@@ -108,6 +111,8 @@ class Plan(Frozen):
     """What averages of gradients are kept in."""
     replica_sum: Dtype = "float32"
     """What gradients travel in between replica groups; within a group they are summed in float32."""
+    float8: Float8 = "rowwise"
+    """Of a plan in FP8: its recipe."""
     wide_matmuls: tuple[str, ...] = ()
     """Of a plan in FP8: linear maps, by name or pattern (`layers.0.*`), that stay in bfloat16."""
     layout: Layout

@@ -481,6 +481,9 @@ def test_the_precisions_of_plans() -> None:
     assert recipe_of("bfloat16") is None
     assert recipe_of("float32") is None
     assert recipe_of("fp8") == ROWWISE
+    assert recipe_of("fp8", "tensorwise") == TENSORWISE
+    assert recipe_of("fp8", "transformer_engine") == ENGINE
+    assert recipe_of("bfloat16", "tensorwise") is None
     for name in ("mxfp8", "nvfp4"):
         with pytest.raises(ConfigError, match=rf"'{name}'.*Blackwell.*fp8"):
             recipe_of(name)

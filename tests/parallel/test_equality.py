@@ -188,14 +188,20 @@ def test_what_is_computed_again_is_the_same(model: ModelSpec, recompute: Any) ->
 
 @pytest.mark.parametrize(
     "settings",
-    [{"tp": 2}, {"shard": 2, "sharding": "weights"}, {"pp": 2, "schedule": "zb-h1"}],
+    [
+        {"tp": 2},
+        {"tp": 2, "float8": "tensorwise"},
+        {"shard": 2, "sharding": "weights"},
+        {"shard": 2, "sharding": "weights", "float8": "tensorwise"},
+        {"pp": 2, "schedule": "zb-h1"},
+    ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_fp8_under_any_layout(settings: dict[str, Any]) -> None:
-    """The same where matmuls are; where tp splits them, rows have other scales: no less exact, but not the same."""
-    model = dense()
+    """The same where matmuls are; where tp splits them, there are other scales: no less exact, but not the same."""
+    model, float8 = dense(), settings.get("float8", "rowwise")
     rank_sequences = 4 // settings.get("shard", 1)
-    one = job(model, precision="fp8", shares=(Share(num_micro_batches=4),))
+    one = job(model, precision="fp8", float8=float8, shares=(Share(num_micro_batches=4),))
     many = job(model, precision="fp8", shares=(Share(num_micro_batches=rank_sequences),), **settings)
     ((_, whole),) = run_ranks(one_step, 1, model, one)
     _, exact = alone(model, one)

@@ -10,6 +10,7 @@ from torch import Tensor
 from colossus.errors import ConfigError
 from colossus.spec.base import Frozen
 from colossus.spec.fleet import Precision
+from colossus.spec.plan import Float8
 
 E4M3: Final = torch.float8_e4m3fn
 """3 bits of mantissa, largest value 448."""
@@ -37,16 +38,23 @@ TENSORWISE: Final = Float8Recipe()
 ROWWISE: Final = Float8Recipe(scaling="rowwise", gradients="e4m3")
 
 
-def recipe_of(precision: Precision) -> Float8Recipe | None:
-    """What a plan's precision asks for; None where matmuls run in the model's own dtype."""
+RECIPES: Final[dict[Float8, Float8Recipe]] = {
+    # Row by row, scales hardly depend on what other ranks hold: any layout computes alike, with nothing exchanged.
+    "rowwise": ROWWISE,
+    "tensorwise": TENSORWISE,
+    "transformer_engine": Float8Recipe(backend="transformer_engine"),
+}
+
+
+def recipe_of(precision: Precision, float8: Float8 = "rowwise") -> Float8Recipe | None:
+    """What a plan's precision and recipe ask for; None where matmuls run in the model's own dtype."""
     if precision in ("mxfp8", "nvfp4"):
         raise ConfigError(
             f"precision {precision!r} is one of Blackwell's block-scaled formats: the planner prices them, the "
             "trainer does not run them yet. What runs: fp8 (tensorwise or rowwise scales, Hopper and later), "
             "bfloat16, float32."
         )
-    # Row by row, scales hardly depend on what other ranks hold: any layout computes alike, with nothing exchanged.
-    return ROWWISE if precision == "fp8" else None
+    return RECIPES[float8] if precision == "fp8" else None
 
 
 Largest = Callable[[Tensor], Tensor]

@@ -7,6 +7,7 @@ recompute, which may differ from pool to pool, are options beside it.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from colossus.spec.fleet import Pool, Precision
 from colossus.spec.goal import Goal
 from colossus.spec.model import ModelSpec
 from colossus.spec.parts import MoeSpec
+from colossus.spec.plan import Float8
 from colossus.spec.run import OPTIMIZERS
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16", "fp8", "mxfp8", "nvfp4")
@@ -30,7 +32,7 @@ MAX_STAGES, MAX_CHUNKS, MAX_SHARD, MAX_CONTEXT = 64, 16, 2048, 64
 LEAST_TOKENS_PER_CONTEXT_RANK = 512
 FIXABLE = (
     "tp", "pp", "cp", "ep", "expert_tp", "shard", "sharding", "schedule", "virtual_stages", "precision",
-    "micro_batch", "recompute", "optimizer", "optimizer_state", "replica_sum", "wide_matmuls",
+    "micro_batch", "recompute", "optimizer", "optimizer_state", "replica_sum", "float8", "wide_matmuls",
 )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def check_fixed(goal: Goal) -> dict[str, str]:
     words: dict[str, Sequence[str]] = {
         "sharding": SHARDING, "schedule": SCHEDULES, "precision": PRECISIONS, "recompute": RECOMPUTE,
         "optimizer": tuple(OPTIMIZERS), "optimizer_state": ("float32", "bfloat16"),
-        "replica_sum": ("float32", "bfloat16"),
+        "replica_sum": ("float32", "bfloat16"), "float8": get_args(Float8),
     }  # fmt: skip
     fixed = {}
     for name, value in goal.fixed.items():
