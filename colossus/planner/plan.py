@@ -3,6 +3,7 @@
 import math
 import time
 from datetime import date
+from typing import get_args
 
 from colossus.errors import ConfigError
 from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
@@ -22,7 +23,7 @@ from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
 from colossus.spec.layout import Layout
 from colossus.spec.model import ModelSpec
-from colossus.spec.plan import Plan, PoolShare
+from colossus.spec.plan import Float8, Plan, PoolShare
 
 LARGEST_PUBLISHED_BATCH_TOKENS = 15_360 * 4096
 """DeepSeek-V3 (arXiv:2412.19437); Llama 3.1 405B used 16M."""
@@ -100,6 +101,12 @@ def make_plan(
     )
 
 
+def _float8(goal: Goal) -> Float8:
+    """As asked for; the search weighs nothing there."""
+    asked = goal.fixed.get("float8")
+    return next((name for name in get_args(Float8) if name == asked), "rowwise")
+
+
 def largest_batch(goal: Goal, tokens: int, sequence: int) -> int:
     """Sequences of the largest batch: as asked, or the largest published, but not so large that few steps remain."""
     if goal.max_global_batch_sequences is not None:
@@ -170,7 +177,7 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         optimizer=task.optimizer,
         optimizer_state=task.dtype("optimizer_state"),
         replica_sum=task.dtype("replica_sum"),
-        float8=task.goal.fixed.get("float8", "rowwise"),
+        float8=_float8(task.goal),
         wide_matmuls=tuple(filter(None, str(task.goal.fixed.get("wide_matmuls", "")).split(","))),
         layout=Layout(replica=int(groups.sum()), **axes),
         expert_tp=int(layout.expert_tp[0]),
