@@ -39,7 +39,8 @@ def test_the_peak_is_this_processs_own() -> None:
 def test_freed_memory_goes_back() -> None:
     before = peak_rss_bytes()
     release_memory()
-    assert peak_rss_bytes() >= before  # a peak does not fall; and the call is harmless anywhere
+    # A peak does not fall, beyond what the kernel rounds; and the call is harmless anywhere.
+    assert peak_rss_bytes() == pytest.approx(before, rel=1e-3)
 
 
 CHURN = """
