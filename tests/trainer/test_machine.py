@@ -1,6 +1,5 @@
 """What is measured of the machine, and of this process."""
 
-import os
 import resource
 import subprocess
 import sys
@@ -41,46 +40,6 @@ def test_freed_memory_goes_back() -> None:
     release_memory()
     # A peak does not fall, beyond what the kernel rounds; and the call is harmless anywhere.
     assert peak_rss_bytes() == pytest.approx(before, rel=1e-3)
-
-
-CHURN = """
-import threading, torch
-from colossus.trainer.machine import peak_rss_bytes, prepare_process
-
-prepare_process(1)
-kept, small = [], []
-
-def step():
-    # As sharding does: blocks of a few sizes come and go from several threads, and small things stay in between.
-    blocks = []
-    for size in (4_000_000, 660_000, 9_400_000, 2_000_000) * 3:
-        blocks.append(torch.ones(size))
-        small.append(torch.ones(8))
-        if len(blocks) > 2:
-            blocks.pop(0)
-
-for _ in range(30):
-    other = threading.Thread(target=step)
-    other.start()
-    step()
-    other.join()
-    del small[::2]
-print(peak_rss_bytes())
-"""
-
-
-@pytest.mark.skipif(not os.confstr("CS_GNU_LIBC_VERSION"), reason="it is about glibc")
-def test_blocks_of_a_rank_grow_together_again() -> None:
-    """What comes and goes a hundred times takes little more memory than the first time."""
-
-    def peak(environment: dict[str, str]) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", CHURN], capture_output=True, text=True, check=True,
-            env={**os.environ, **environment},
-        )  # fmt: skip
-        return int(done.stdout)
-
-    assert peak(rank_environment("cpu")) < peak({}) - 50e6
 
 
 def test_a_rank_keeps_what_is_said_to_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
