@@ -3,7 +3,7 @@
 import math
 import time
 from datetime import date
-from typing import get_args
+from typing import Any
 
 from colossus.errors import ConfigError
 from colossus.planner.estimate.execution import RECOMPUTE, SHARDING
@@ -23,7 +23,7 @@ from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
 from colossus.spec.layout import Layout
 from colossus.spec.model import ModelSpec
-from colossus.spec.plan import Float8, Plan, PoolShare
+from colossus.spec.plan import Plan, PoolShare
 
 LARGEST_PUBLISHED_BATCH_TOKENS = 15_360 * 4096
 """DeepSeek-V3 (arXiv:2412.19437); Llama 3.1 405B used 16M."""
@@ -31,6 +31,8 @@ LEAST_STEPS = 2000
 """A run of fewer steps has hardly a learning-rate schedule: the default batch leaves at least so many."""
 USUAL_SEQUENCE_TOKENS = 8192
 MOST_LAYERS = 4096
+AS_ASKED = ("optimizer", "optimizer_state", "replica_sum", "float8")
+"""Fields of a plan that the search weighs nothing in: as a goal fixes them, else as plans have them."""
 EXPERT_LOAD = 1.1
 """Tokens of the rank with the busiest experts over the mean, with routers that are kept balanced (assumed: published
 runs force equal loads)."""
@@ -101,12 +103,6 @@ def make_plan(
     )
 
 
-def _float8(goal: Goal) -> Float8:
-    """As asked for; the search weighs nothing there."""
-    asked = goal.fixed.get("float8")
-    return next((name for name in get_args(Float8) if name == asked), "rowwise")
-
-
 def largest_batch(goal: Goal, tokens: int, sequence: int) -> int:
     """Sequences of the largest batch: as asked, or the largest published, but not so large that few steps remain."""
     if goal.max_global_batch_sequences is not None:
@@ -167,6 +163,7 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         sum(s.num_groups * axes["shard"] * s.micro_batch_sequences * s.num_micro_batches for s in shares)
         * task.sequence
     )
+    as_asked: dict[str, Any] = {name: v for name, v in task.goal.fixed.items() if name in AS_ASKED}
     return Plan.model_construct(
         model=task.model,
         fleet=task.fleet,
@@ -174,10 +171,7 @@ def _plan(task: Task, best: Solved, ready: dict[str, int]) -> Plan:
         tokens=task.tokens,
         sequence_tokens=task.sequence,
         precision=PRECISIONS[int(layout.precision[0])],
-        optimizer=task.optimizer,
-        optimizer_state=task.dtype("optimizer_state"),
-        replica_sum=task.dtype("replica_sum"),
-        float8=_float8(task.goal),
+        **as_asked,
         wide_matmuls=tuple(filter(None, str(task.goal.fixed.get("wide_matmuls", "")).split(","))),
         layout=Layout(replica=int(groups.sum()), **axes),
         expert_tp=int(layout.expert_tp[0]),

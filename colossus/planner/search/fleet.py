@@ -18,8 +18,7 @@ from colossus.planner.search.refine import Picked, choose
 from colossus.planner.search.space import layouts, options
 from colossus.spec.fleet import Fleet, Pool
 from colossus.spec.goal import Goal
-from colossus.spec.model import Dtype, ModelSpec
-from colossus.spec.run import OptimizerKind
+from colossus.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,9 @@ class Task:
                 for pool in pools
             ],
             absence_s=reliability.published("replica_absence_s").likely,
-            optimizer=self.optimizer,
-            optimizer_state=self.dtype("optimizer_state"),
+            optimizer="muon" if self.goal.fixed.get("optimizer") == "muon" else "adamw",
+            optimizer_state="bfloat16" if self.goal.fixed.get("optimizer_state") == "bfloat16" else "float32",
         )
-
-    @property
-    def optimizer(self) -> OptimizerKind:
-        """As asked for, like other choices that the search weighs nothing in."""
-        return "muon" if self.goal.fixed.get("optimizer") == "muon" else "adamw"
-
-    def dtype(self, choice: str) -> Dtype:
-        return "bfloat16" if self.goal.fixed.get(choice) == "bfloat16" else "float32"
 
     def chip_rate(self, pool: Pool) -> float:
         """What a chip-hour counts for in the objective; 0 where only time counts."""
