@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from colossus.models import chunked_cross_entropy
-from colossus.models.attend import attend, attention_bias
+from colossus.models.attend import attend, who_sees
 from colossus.models.parts import GATED, PLAIN, LayerNorm, RmsNorm
 from colossus.models.positions import Rope, rotate
 from colossus.optim import gradient_norm
@@ -147,11 +147,11 @@ def _attention_s(
     gradient = _random(records, rows, sequence, heads * head_dim, dtype=dtype)
     documents = torch.zeros(rows, sequence, dtype=torch.long, device=records.kind)
     index = torch.arange(sequence, device=records.kind)[None]
-    bias = attention_bias(documents, documents, index, dtype)
+    sees = who_sees(documents, documents, index, dtype)
 
     def mixed() -> Tensor:
         query, key, value = (x.transpose(1, 2) for x in inputs)
-        return attend(query, key, value, bias, scale=head_dim**-0.5).transpose(1, 2).flatten(2)
+        return attend(query, key, value, sees, scale=head_dim**-0.5).transpose(1, 2).flatten(2)
 
     return (
         records.seconds(mixed),
@@ -297,7 +297,7 @@ def _visibility(records: Records, dtype: torch.dtype, size: int) -> Made:
     tokens = max(1, size // (rows * sequence))
     documents = torch.zeros(rows, sequence, dtype=torch.long, device=records.kind)
     index = torch.arange(sequence, device=records.kind)[None, -tokens:]
-    return lambda: attention_bias(documents[:, -tokens:], documents, index, dtype), 1
+    return lambda: who_sees(documents[:, -tokens:], documents, index, dtype), 1
 
 
 def _optimizer(records: Records, dtype: torch.dtype, size: int) -> Made:

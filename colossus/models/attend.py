@@ -1,11 +1,19 @@
 """Attention itself: softmax(query · keyᵀ) · value, in the way that suits the machine and the length."""
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
+
+from colossus.models.blocks import attend_in_blocks, attention_blocks
+
+Sees = Tensor | BlockMask
+"""Who sees whom, in one of two forms: a number for each pair of tokens, or blocks of them."""
 
 EXPLICIT_ATTENTION_MAX_TOKENS = 512
 """Up to this length a CPU computes attention faster by three plain operations than by the fused kernel, whose
@@ -16,6 +24,24 @@ _BLOCK_QUERIES = 512
 
 _HIDDEN = -1e9
 """Added to scores that a query must not see. Finite, so that a row without anything to see is no NaN."""
+
+
+def who_sees(
+    query_documents: Tensor,
+    key_documents: Tensor,
+    query_index: Tensor,
+    dtype: torch.dtype,
+    window_tokens: int | None = None,
+) -> Sees:
+    """In the form that attention is fastest with on this machine; arguments are those of `attention_bias`."""
+    if query_documents.is_cuda and torch.is_grad_enabled() and dtype.itemsize <= 4 and _has_triton():
+        return attention_blocks(query_documents, key_documents, query_index, window_tokens)
+    return attention_bias(query_documents, key_documents, query_index, dtype, window_tokens)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def attention_bias(
@@ -45,7 +71,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor | None,
+    sees: Sees | None,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -55,10 +81,15 @@ def attend(
     """query: (rows, heads, queries, head_dim), key and value: (rows, kv_heads, keys, channels). Returns (rows, heads,
     queries, value channels).
 
-    bias: (rows, 1, queries, keys) of `attention_bias`; None where one query of each row sees all of the row's keys.
+    sees: of `who_sees`; None where one query of each row sees all of the row's keys.
     Scores q·k are multiplied by `scale`, capped softly, multiplied by the query's temperature (rows or 1, queries);
     a head's sink, of (heads,), is one more score that adds nothing.
     """
+    if isinstance(sees, BlockMask):
+        return attend_in_blocks(
+            query, key, value, sees, scale=scale, soft_cap=soft_cap, temperatures=temperatures, sinks=sinks
+        )
+    bias = sees
     plain = soft_cap is None and temperatures is None and sinks is None
     long = key.shape[2] > EXPLICIT_ATTENTION_MAX_TOKENS
     on_cpu, width = query.device.type == "cpu", value.shape[-1]
@@ -98,9 +129,9 @@ def attend(
 def _fused(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, *, repeat: bool
 ) -> Tensor:
-    """`repeat`: keys and values are given to each query head of their own. Of CUDA's fused kernels only cuDNN's takes a
-    bias and shared keys, and torch may prefer to it the plain operations that hold all scores; others take the bias
-    where no keys are shared."""
+    """`repeat`: keys and values are given to each query head of their own, as generation on a GPU wants. Of its fused
+    kernels only cuDNN's takes a bias and shared keys, and torch may prefer to it the plain operations that hold all
+    scores; others take the bias where no keys are shared."""
     num_shared = query.shape[1] // key.shape[1]
     if repeat and num_shared > 1:
         key, value = key.repeat_interleave(num_shared, 1), value.repeat_interleave(num_shared, 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from colossus.models.attend import attend
+from colossus.models.attend import Sees, attend, who_sees
 from colossus.models.cache import LayerCache
 from colossus.models.parts import Linear, RmsNorm
 from colossus.models.positions import Rotation, rotate, score_multiplier
@@ -17,13 +17,13 @@ from colossus.spec.model import AttentionSpec, NormSpec
 class Sight:
     """What the attention of all layers of one pass shares: who sees whom, and where each token stands.
 
-    Biases are those of `attention_bias`, (rows, 1, tokens, keys), or None where one token of each row sees all keys:
-    `full` for layers that see all of a document, `windowed` for those with a window. `rotation` and `temperatures`
+    Of `who_sees`, or None where one token of each row sees all keys: `full` for layers that see all of a document,
+    `windowed` for those with a window. `rotation` and `temperatures`
     where the model has them. `attend` is attention itself, wherever keys and values are.
     """
 
-    full: Tensor | None
-    windowed: Tensor | None
+    full: Sees | None
+    windowed: Sees | None
     rotation: Rotation | None
     temperatures: Tensor | None
     attend: Callable[..., Tensor] = attend
@@ -41,6 +41,7 @@ class Portion:
     attended: Tensor
     queries: Tensor
     attend: Callable[..., Tensor] = attend
+    who_sees: Callable[..., Sees] = who_sees
 
 
 class Attention(nn.Module):

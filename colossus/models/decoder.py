@@ -165,10 +165,11 @@ class Decoder(nn.Module):
         # One more token for rows that are equally long sees all that there is.
         sees_all = cache is not None and cache.place.is_next_of_all and not cache.has_documents
         queries = documents.gather(1, index.expand(documents.shape[0], -1))
-        full = None if sees_all else attention_bias(queries, documents, index, dtype)
+        who_sees = portion.who_sees if cache is None else attention_bias
+        full = None if sees_all else who_sees(queries, documents, index, dtype)
         windowed = full
         if window is not None and not (sees_all and documents.shape[1] <= window.tokens):
-            windowed = attention_bias(queries, documents, index, dtype, window.tokens)
+            windowed = who_sees(queries, documents, index, dtype, window.tokens)
         temperatures = None
         if temperature_tokens is not None:
             positions = self._positions_in_document(documents, index)

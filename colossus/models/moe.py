@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from colossus.models.grouped import multiply_groups
 from colossus.models.parts import GATED, PLAIN, Linear, build_mlp
-from colossus.models.recompute import is_recomputing
 from colossus.spec.model import MoeSpec, RouterGroups
 
 
@@ -46,7 +45,7 @@ class MixtureOfExperts(nn.Module):
     """Router, experts and what all tokens pass beside them."""
 
     load: Tensor
-    """How many tokens each expert was given in passes with gradients: float32 (num_experts,), since last set to 0."""
+    """How many tokens each expert was given in backward passes: float32 (num_experts,), since last set to 0."""
 
     def __init__(self, hidden_size: int, spec: MoeSpec) -> None:
         super().__init__()
@@ -60,31 +59,39 @@ class MixtureOfExperts(nn.Module):
             inner = spec.shared.intermediate_size
             self.shared = build_mlp(hidden_size, inner, spec.activation, bias=spec.bias)
         self.register_buffer("load", torch.empty(spec.num_experts), persistent=False)
+        self._count_as_gradient()
         self.whole_sequences = ALL_HERE
 
     def reset_buffers(self) -> None:
         self.load.zero_()
+        self._count_as_gradient()
+
+    def _count_as_gradient(self) -> None:
+        """The load is the gradient of a tensor that nothing depends on: so it is counted once for each backward pass,
+        however often the forward pass is made for it, and also where torch's compiler has taken passes apart."""
+        self._counting = torch.empty_like(self.load).requires_grad_()
+        self._counting.grad = self.load
 
     def forward(self, x: Tensor, losses: RouterLosses | None = None) -> Tensor:
         """x: (rows, tokens, hidden_size)."""
         tokens = x.flatten(0, 1)
         logits, scores = self.router(tokens)
         chosen, weights = choose(scores, self.balance, self.spec)
+        if torch.is_grad_enabled():
+            counts = tokens_of_experts(chosen, self.spec.num_experts)
+            weights = _WithGradient.apply(weights, self._counting, counts.to(self.load.dtype))
         mixed = self.experts(tokens, chosen, weights.to(x.dtype)).view_as(x)
         if self.shared is not None:
             mixed = mixed + self.shared(x)
             if self.spec.shared.sum_multiplier != 1:
                 mixed = mixed * self.spec.shared.sum_multiplier
-        if torch.is_grad_enabled() and not is_recomputing():
-            with torch.no_grad():
-                self.load += tokens_of_experts(chosen, self.spec.num_experts)
         if torch.is_grad_enabled() and losses is not None:
             loss = losses.z * logits.logsumexp(-1).square().sum()
             per_sequence = (*x.shape[:2], -1)
             loss = loss + losses.balance * balance_loss(
                 scores.view(per_sequence), chosen.view(per_sequence), self.whole_sequences
             )
-            mixed = _WithLoss.apply(mixed, loss)
+            mixed = _WithGradient.apply(mixed, loss, torch.ones_like(loss))
         return mixed
 
 
@@ -152,18 +159,18 @@ def balance_loss(scores: Tensor, chosen: Tensor, whole: WholeSequences = ALL_HER
     return (counts * shares).sum() * num_experts / chosen.shape[2]
 
 
-class _WithLoss(torch.autograd.Function):
-    """x as it is; in the backward pass the loss has gradient 1, whatever x's is."""
+class _WithGradient(torch.autograd.Function):
+    """x as it is; in the backward pass `other` has gradient `its`, whatever x's is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
+    def forward(ctx: Any, x: Tensor, other: Tensor, its: Tensor) -> Tensor:
+        ctx.save_for_backward(its)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        (loss,) = ctx.saved_tensors
-        return gradient, torch.ones_like(loss)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (its,) = ctx.saved_tensors
+        return gradient, its, None
 
 
 # --- experts ---

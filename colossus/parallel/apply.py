@@ -8,9 +8,9 @@ In this order, and why:
  4. FP8: the matmul itself; scales are of what is here, row by row unless the plan says otherwise
  5. put off weight gradients, where the schedule wants it: around the matmul alone
  6. tensor and expert parallelism: exchanges go around the modules that compute with parts
- 7. recompute: around the exchanges, which are made again with what they surround
- 8. compile each layer: around what is recomputed, since a compiled layer plans its own memory
- 9. shard what is kept (FSDP2): outermost, for it must see whole layers come and go
+ 7. recompute: around the exchanges, which are made again with what they surround; with it compile each layer, inside of
+    what is made again as a whole, around single operators that are
+ 8. shard what is kept (FSDP2): outermost, for it must see whole layers come and go
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from colossus.models.moe import MixtureOfExperts
 from colossus.parallel.deferred import Deferred, defer_weight_gradients
 from colossus.parallel.expert import split_experts
 from colossus.parallel.mesh import Mesh
-from colossus.parallel.recompute import recompute_layer
+from colossus.parallel.recompute import prepare_layer
 from colossus.parallel.tensor import split_tensors
 from colossus.spec.compose import ZERO_BUBBLE, check_job
 from colossus.spec.job import Job
@@ -48,6 +48,8 @@ class Part:
         self.stage, self.model, self.deferred = stage, model, Deferred()
         self.float8: Float8Use | None = None
         """Which matmuls run in FP8, and why the others do not."""
+        self.is_complete = False
+        """Whether the backward pass at hand is the last one that adds to its gradients."""
 
     @property
     def is_sharded(self) -> bool:
@@ -89,10 +91,9 @@ def apply(
             split_tensors(decoder, tp, first_row=first_row)
         split_experts(decoder, mesh)
         for layer in decoder.layers:
-            recompute_layer(layer, recompute)
-        if compiled:
-            for layer in decoder.layers:
-                layer.compile(dynamic=False)
+            # The compiler follows no exchange that depends on what tokens choose, or that runs beside other things.
+            is_one_graph = not layer.is_mixture and job.context_exchange != "ring"
+            prepare_layer(layer, recompute, compiled=compiled, is_one_graph=is_one_graph)
         if job.sharding != "none":
             _shard(decoder, job, mesh, table, dtype)
         parts.append(part)

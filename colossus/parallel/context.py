@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from colossus.errors import ConfigError
-from colossus.models.attend import attend
+from colossus.models.attend import Sees, attend, attention_bias, who_sees
 from colossus.parallel.collectives import Team, all_gather, all_to_all, own_part
 from colossus.spec.plan import ContextExchange
 
@@ -55,9 +56,9 @@ def _chunks(place: int, size: int) -> tuple[int, int]:
 def attend_over(exchange: ContextExchange, team: Team | None, num_tokens: int) -> Callable[..., Tensor]:
     """What stands for `attend` where `team` shares sequences of `num_tokens`; its arguments are this rank's part.
 
-    Its bias and temperatures are for the queries that meet keys here: those of the rank's own tokens and, with
-    "all-to-all", all of the sequence's. The bias must be causal, as that of `attention_bias` is, and has all keys in
-    their order. Sinks are those of all heads; their gradient is this rank's share.
+    Who sees whom, by `sight_over`, and temperatures are for the queries that meet keys here: those of the rank's own
+    tokens and, with "all-to-all", all of the sequence's; with all keys in their order. Sinks are those of all heads;
+    their gradient is this rank's share.
     """
     if team is None:
         return attend
@@ -68,6 +69,12 @@ def attend_over(exchange: ContextExchange, team: Team | None, num_tokens: int) -
             return partial(_attend_traded, team)
         case "ring":
             return partial(_attend_round, team, num_tokens, WeakTensorKeyDictionary())
+
+
+def sight_over(exchange: ContextExchange) -> Callable[..., Sees]:
+    """What stands for `who_sees` there: keys that go round are met in plain operations, which want a number for each
+    pair of tokens."""
+    return attention_bias if exchange == "ring" else who_sees
 
 
 # --- tokens in their order ---
@@ -93,7 +100,7 @@ def _attend_gathered(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    sees: Sees,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -103,6 +110,10 @@ def _attend_gathered(
     widths = [key.shape[-1], value.shape[-1]]
     parts = all_gather(torch.cat([key, value], -1)[None], 0, team)
     key, value = _in_order(parts).split(widths, -1)
+    if isinstance(sees, BlockMask):  # what a chunk does not see costs nothing
+        return attend(
+            query, key, value, sees, scale=scale, soft_cap=soft_cap, temperatures=temperatures, sinks=sinks
+        )
     chunk, made = query.shape[2] // 2, []
     for number, position in enumerate(_chunks(team.place, team.size)):
         # A chunk of queries sees nothing after itself. So it is the end of its keys, as `attend` wants it.
@@ -112,7 +123,7 @@ def _attend_gathered(
                 query[:, :, here],
                 key[:, :, seen],
                 value[:, :, seen],
-                bias[:, :, here, seen],
+                sees[:, :, here, seen],
                 scale=scale,
                 soft_cap=soft_cap,
                 temperatures=None if temperatures is None else temperatures[:, here],
@@ -130,7 +141,7 @@ def _attend_traded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor,
+    sees: Sees,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -156,7 +167,7 @@ def _attend_traded(
         query,
         key,
         value,
-        bias,
+        sees,
         scale=scale,
         soft_cap=soft_cap,
         temperatures=temperatures,

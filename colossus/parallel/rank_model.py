@@ -15,12 +15,12 @@ from colossus.models.attention import Portion
 from colossus.models.moe import MixtureOfExperts
 from colossus.parallel.apply import Part, apply, local_tensor, materialise, table_of
 from colossus.parallel.collectives import all_gather, own_part
-from colossus.parallel.context import attend_over, attended_index
+from colossus.parallel.context import attend_over, attended_index, sight_over
 from colossus.parallel.loss import parallel_cross_entropy
 from colossus.parallel.mesh import Mesh
 from colossus.parallel.optimize import sum_sparse
 from colossus.parallel.pipeline import Pipeline, StageRun
-from colossus.parallel.sums import plan_sums, sum_gradients
+from colossus.parallel.sums import GradientSums, plan_sums
 from colossus.spec.job import Job
 from colossus.spec.model import ModelSpec
 from colossus.spec.sharding import Placement
@@ -75,14 +75,11 @@ class RankModel:
             {"embedding.weight"} if spec.tied_embeddings and job.layout.pp > 1 else ()
         )
         """Of a pipeline: the same on its first and its last rank."""
-        self._sums = plan_sums(
-            {
-                name: placement
-                for name, placement in self.placements.items()
-                if _has_dense_gradient(placement)
-            },
+        dense = {name: there for name, there in self.placements.items() if _has_dense_gradient(there)}
+        self._sums = GradientSums(
+            plan_sums(dense, mesh, on_both_ends=self.on_both_ends),
             mesh,
-            on_both_ends=self.on_both_ends,
+            replica_dtype=torch.bfloat16 if job.replica_sum == "bfloat16" else None,
         )
         self._micro_batches: list[Batch] = []
         self._objective = Objective(1)
@@ -95,6 +92,10 @@ class RankModel:
         self._sources = {
             name: parameter for part in self.parts for name, parameter in part.model.named_parameters()
         }
+        for part in self.parts:
+            for name, parameter in part.parameters():
+                if name in self._sums.names_ahead:
+                    parameter.register_post_accumulate_grad_hook(partial(self._arrived, part, name))
         self.refresh()
 
     # --- a step ---
@@ -113,9 +114,7 @@ class RankModel:
                 self.parameters[name].grad = sum_sparse(
                     gradient, [t for g in ("tp", "shards", "replica") if (t := self.mesh.team(g)) is not None]
                 )
-        dense = {name: gradient for name, gradient in gradients.items() if not gradient.is_sparse}
-        narrow = torch.bfloat16 if self.job.replica_sum == "bfloat16" else None
-        sum_gradients(dense, self._sums, self.mesh, replica_dtype=narrow)
+        self._sums.finish(gradients)
         return self._loss
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, int]:
@@ -189,7 +188,7 @@ class RankModel:
         attended = attended_index(tokens, cp.size, cp.place).to(self.mesh.device)
         held = own_part(attended, 1, tp)
         queries = everything if exchange == "all-to-all" else attended
-        return Portion(held, attended, queries, attend_over(exchange, cp, tokens))
+        return Portion(held, attended, queries, attend_over(exchange, cp, tokens), sight_over(exchange))
 
     def _stage_run(self, part: Part) -> StageRun:
         return StageRun(
@@ -241,6 +240,7 @@ class RankModel:
     def _before_backward(self, part: Part, complete: bool) -> None:
         """Gradients are scattered with each micro-batch where they, or weights, are sharded; in a pipeline, and where
         only the optimizer is, once all are there."""
+        part.is_complete = complete
         if not part.is_sharded:
             return
         alone = self.job.layout.pp == 1
@@ -250,12 +250,19 @@ class RankModel:
         )
         part.model.set_reshard_after_backward(complete or (alone and self.job.sharding == "weights"))
 
+    def _arrived(self, part: Part, name: str, parameter: nn.Parameter) -> None:
+        """A backward pass has added to a gradient; sharding calls it when it has scattered one, on its own stream."""
+        if part.is_complete:
+            assert parameter.grad is not None
+            self._sums.arrived(name, local_tensor(parameter.grad))
+
 
 def _reduce_now(part: Part) -> None:
     """Scatters gradients that were complete only after the last backward pass of inputs.
 
     Torch has no public call for it; its own pipelines do the same.
     """
+    part.is_complete = True
     if not part.is_sharded:
         return
     model = part.model

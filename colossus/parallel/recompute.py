@@ -1,8 +1,13 @@
-"""What a layer's backward pass computes again, as the plan says."""
+"""What a layer's backward pass computes again, as the plan says; and the compiler's part in it.
+
+What is made again as a whole goes around what is compiled: passes that torch makes again are not compiled as they come,
+so what they call must have been compiled before. Where single operators' outputs are kept, the compiler must see which.
+"""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,12 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import (
     SAC_IGNORED_OPS,
     CheckpointPolicy,
+    checkpoint,
     create_selective_checkpoint_contexts,
+    noop_context_fn,
 )
 
 from colossus.models.attention import Sight
 from colossus.models.decoder import Layer
-from colossus.models.recompute import recomputed
 from colossus.spec.plan import Recompute
 
 # What sharding names its gathers by, of which the second time has more: torch would take that for another computation.
@@ -27,19 +33,58 @@ SAC_IGNORED_OPS.update(
 )
 
 
-def recompute_layer(layer: Layer, recompute: Recompute) -> None:
-    """Makes a layer keep only what `recompute` lets it."""
+def prepare_layer(
+    layer: Layer, recompute: Recompute, *, compiled: bool = False, is_one_graph: bool = True
+) -> None:
+    """Makes a layer keep only what `recompute` lets it, and compiles it where it is to be.
+
+    `is_one_graph`: its exchanges are such that the compiler sees all of it at once. Where it does not, it cannot keep
+    single operators' outputs, and layers that are to do so are not compiled.
+    """
     match recompute:
+        case "none":
+            if compiled:
+                layer.forward = _compiled(layer.forward)
         case "full":
-            layer.forward = recomputed(layer.forward)
+            layer.forward = _made_again(_compiled(layer.forward) if compiled else layer.forward)
         case "alternate":
-            layer.forward = recomputed(layer.forward, _every_other_matmul)
+            again = _made_again(layer.forward, _every_other_matmul)
+            layer.forward = _compiled(again) if compiled and is_one_graph else again
         case "selective":
-            layer.attention.forward = partial(_attend_again, layer.attention.forward)
+            layer.forward = partial(_attend_again, _compiled(layer.forward) if compiled else layer.forward)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _made_again(
+    function: Callable[..., Any], contexts: Callable[[], Any] = noop_context_fn
+) -> Callable[..., Any]:
+    """`function`, of which the backward pass keeps only what it is given, and what `contexts` (for its first and its
+    second time) choose to keep."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return checkpoint(
+            function,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing is drawn at random
+            context_fn=contexts,
+            **named,
+        )
+
+    return call
 
 
 def _attend_again(forward: Any, x: Tensor, sight: Sight, *more: Any) -> Tensor:
-    return forward(x, replace(sight, attend=recomputed(sight.attend)), *more)
+    return forward(x, replace(sight, attend=_attention_again(sight.attend)), *more)
+
+
+@cache  # one for all layers and steps: the compiler would take each new one for another function
+def _attention_again(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Between the compiled parts before and after it."""
+    return torch.compiler.disable(_made_again(attend))
 
 
 def _every_other_matmul() -> Any:
@@ -54,6 +99,7 @@ def _every_other_matmul() -> Any:
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.higher_order.flex_attention,
     }
     seen: Counter[bool] = Counter()
 

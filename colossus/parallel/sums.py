@@ -1,11 +1,15 @@
-"""What is left to sum of a step's gradients once the backward passes are over.
+"""What is left to sum of a step's gradients beside what sharding sums.
 
-Sharded data parallelism (FSDP2) has summed what it scatters over the ranks of one replica group. Left are: parameters
-of which every tensor-parallel rank has all, and sees other tokens; parameters that nothing shards; an embedding that is
+Sharded data parallelism (FSDP2) sums what it scatters over the ranks of one replica group. Left are: parameters of
+which every tensor-parallel rank has all, and sees other tokens; parameters that nothing shards; an embedding that is
 also the head, on both ends of a pipeline; and the replica groups.
+
+What only replica groups are left to sum, most of all numbers, goes layer by layer while the last backward pass is still
+busy with the layers before. All ranks of a team begin these sums in one order, whatever their own passes are ready with
+first; what is not begun when the passes are over, and all other sums, follow then.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from colossus.parallel.mesh import Mesh
 from colossus.spec.layout import Group
+from colossus.spec.parameters import layer_of
 from colossus.spec.sharding import Placement
 
 BUCKET_BYTES = 256 * 2**20
@@ -54,50 +59,117 @@ class Sum:
     names: tuple[str, ...]
     over: tuple[Over, ...]
 
+    @property
+    def is_between_replicas(self) -> bool:
+        """And over no other ranks."""
+        return self.over == (Over("replica"),)
+
 
 def plan_sums(
     placements: Mapping[str, Placement], mesh: Mesh, *, on_both_ends: frozenset[str] = frozenset()
 ) -> tuple[Sum, ...]:
-    """All sums of a step, each parameter in at most one. `on_both_ends`: those of which both ends of a pipeline have a
-    gradient."""
-    by_ranks: dict[tuple[Over, ...], list[str]] = {}
+    """All sums of a step, each parameter in at most one; those between replicas by layers. `on_both_ends`: those of
+    which both ends of a pipeline have a gradient."""
+    by_ranks: dict[tuple[tuple[Over, ...], int | None], list[str]] = {}
     for name, placement in placements.items():
         ends = (Over("ends"),) if name in on_both_ends else ()
         if over := ends + sums_of(placement, mesh):
-            by_ranks.setdefault(over, []).append(name)
-    return tuple(Sum(tuple(names), over) for over, names in by_ranks.items())
+            layer = layer_of(name) if over == (Over("replica"),) else None
+            by_ranks.setdefault((over, layer), []).append(name)
+    return tuple(Sum(tuple(names), over) for (over, _), names in by_ranks.items())
 
 
-@torch.no_grad()
-def sum_gradients(
-    gradients: Mapping[str, Tensor],
-    sums: Sequence[Sum],
-    mesh: Mesh,
-    *,
-    replica_dtype: torch.dtype | None = None,
-) -> None:
-    """Sums local gradients in place. `replica_dtype`: what they travel in between replica groups; None: as they are."""
-    for one in sums:
-        for bucket in _buckets(gradients[name] for name in one.names):
-            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            for over in one.over:
-                flat = _sum(flat, over, mesh, replica_dtype if over.group == "replica" else None)
-            start = 0
-            for gradient in bucket:
-                gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-                start += gradient.numel()
+class GradientSums:
+    """Sums local gradients in place, once a step. `replica_dtype`: what they travel in between replica groups; None: as
+    they are."""
+
+    def __init__(self, sums: Iterable[Sum], mesh: Mesh, *, replica_dtype: torch.dtype | None = None) -> None:
+        sums = tuple(sums)
+        self.mesh, self._replica_dtype = mesh, replica_dtype
+        # Backward passes come by the last layers first, and by what stands before all layers last.
+        ahead = [one for one in reversed(sums) if one.is_between_replicas]
+        self._ahead = tuple(sorted(ahead, key=lambda one: layer_of(one.names[0]) is None))
+        self._after = tuple(one for one in sums if not one.is_between_replicas)
+        self.names_ahead = frozenset(name for one in self._ahead for name in one.names)
+        """Of gradients that `arrived` wants to know of."""
+        self._here: dict[str, Tensor] = {}
+        self._num_begun = 0
+        self._under_way: list[_Travelling] = []
+
+    def arrived(self, name: str, gradient: Tensor) -> None:
+        """Call it when nothing more is added to a gradient in this step, on the stream that has made it."""
+        self._here[name] = gradient
+        while self._num_begun < len(self._ahead):
+            one = self._ahead[self._num_begun]
+            if not all(name in self._here for name in one.names):
+                return
+            self._begin(self._here[name] for name in one.names)
+
+    def finish(self, gradients: Mapping[str, Tensor]) -> None:
+        """When the backward passes are over; `gradients` are all that are here."""
+        while self._num_begun < len(self._ahead):
+            self._begin(gradients[name] for name in self._ahead[self._num_begun].names)
+        for travelling in self._under_way:
+            travelling.arrive()
+        self._under_way.clear()
+        for one in self._after:
+            for bucket in _buckets(gradients[name] for name in one.names):
+                for over in one.over:
+                    self._travel(bucket, over).arrive()
+        self._here.clear()
+        self._num_begun = 0
+
+    @torch.no_grad()
+    def _begin(self, gradients: Iterable[Tensor]) -> None:
+        """The next sum of those that go ahead. One more may be under way: no layer holds up the one after it, and
+        buffers stay small."""
+        self._num_begun += 1
+        for bucket in _buckets(gradients):
+            if len(self._under_way) == 2:
+                self._under_way.pop(0).arrive()
+            self._under_way.append(self._travel(bucket, Over("replica")))
+
+    @torch.no_grad()
+    def _travel(self, bucket: list[Tensor], over: Over) -> "_Travelling":
+        team = self.mesh.team(over.group)
+        assert team is not None
+        narrow = self._replica_dtype if over.group == "replica" else None
+        shape = (over.num_parts, sum(gradient.numel() for gradient in bucket))
+        # Every part in a row of its own: the ranks of the others add zeros.
+        made = torch.empty if over.num_parts == 1 else torch.zeros
+        sent = made(shape, dtype=narrow or bucket[0].dtype, device=bucket[0].device)
+        for gradient, piece in _pieces(bucket, sent[over.part]):
+            piece.copy_(gradient)
+        work = dist.all_reduce(sent, group=team.process_group, async_op=True)
+        return _Travelling(bucket, sent, over.part, work)
 
 
-def _sum(flat: Tensor, over: Over, mesh: Mesh, dtype: torch.dtype | None) -> Tensor:
-    team = mesh.team(over.group)
-    assert team is not None
-    sent = flat if dtype is None else flat.to(dtype)
-    if over.num_parts > 1:  # every part in a row of its own: the ranks of the others add zeros
-        sent = sent.new_zeros(over.num_parts, len(flat)).index_copy_(
-            0, torch.tensor([over.part], device=sent.device), sent[None]
-        )
-    dist.all_reduce(sent, group=team.process_group)
-    return (sent[over.part] if over.num_parts > 1 else sent).to(flat.dtype)
+@dataclass(frozen=True, slots=True)
+class _Travelling:
+    """A sum that is under way, and the gradients that it is of."""
+
+    bucket: list[Tensor]
+    sent: Tensor
+    part: int
+    work: dist.Work
+
+    @torch.no_grad()
+    def arrive(self) -> None:
+        self.work.wait()
+        for gradient, piece in _pieces(self.bucket, self.sent[self.part]):
+            gradient.copy_(piece)
+        if (
+            self.sent.is_cuda
+        ):  # it may be from another stream, which must not give its memory away before that
+            self.sent.record_stream(torch.cuda.current_stream())
+
+
+def _pieces(bucket: list[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each of a bucket's gradients, and what of `flat` is of its shape."""
+    start = 0
+    for gradient in bucket:
+        yield gradient, flat[start : start + gradient.numel()].view(gradient.shape)
+        start += gradient.numel()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

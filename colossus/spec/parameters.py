@@ -92,6 +92,12 @@ def all_parameters(spec: "ModelSpec") -> tuple[ParameterSpec, ...]:
     return (*input_parameters(spec), *layers, *output_parameters(spec))
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter of this name is in; None for what stands before or after them."""
+    first, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if first == "layers" else None
+
+
 # --- before and after the layers ---
 
 

@@ -8,16 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import flex_attention as flex
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colossus.errors import ConfigError
 from colossus.models.attend import attend, attention_bias
 from colossus.models.attention import Portion
+from colossus.models.blocks import attention_blocks
 from colossus.parallel import context
 from colossus.parallel.collectives import Team, total
 from colossus.parallel.context import attend_over, attended_index
-from colossus.parallel.recompute import recompute_layer
+from colossus.parallel.recompute import prepare_layer
 from colossus.spec.context import check_exchange
 from colossus.spec.model import ModelSpec, NgramSpec, RecallSpec, WindowSpec
 from colossus.spec.plan import Recompute
@@ -72,8 +74,13 @@ class Given:
         temperatures: bool = False,
         sinks: bool = False,
         block_queries: int = 512,
+        blocks: bool = False,
     ) -> None:
         context._BLOCK_QUERIES = block_queries
+        self.blocks = blocks
+        flex._validate_device = lambda *_: (
+            None
+        )  # plain operations have the gradients that torch has no kernel for
         generator = torch.Generator().manual_seed(3)
 
         def random(*shape: int) -> Tensor:
@@ -98,12 +105,12 @@ class Given:
         leaves = [x[:, :, here].clone().requires_grad_() for x in (self.query, self.key, self.value)]
         sinks = None if self.sinks is None else self.sinks.clone().requires_grad_()
         at = queries.expand(self.documents.shape[0], -1)
-        bias = attention_bias(
-            self.documents.gather(1, at), self.documents, queries, self.query.dtype, self.window
-        )
+        documents = self.documents.gather(1, at), self.documents
         out = attention(
             *leaves,
-            bias,
+            attention_blocks(*documents, queries, self.window)
+            if self.blocks and attention is not attend
+            else attention_bias(*documents, queries, self.query.dtype, self.window),
             scale=0.4,
             soft_cap=self.soft_cap,
             temperatures=None if self.temperatures is None else self.temperatures.gather(1, at),
@@ -164,6 +171,12 @@ def test_attention_of_many_ranks_is_that_of_one_with_its_gradients(
             assert max(found) < tolerance, found
 
 
+@pytest.mark.parametrize("exchange", ["all-gather", "all-to-all"])
+def test_ranks_that_see_by_blocks_as_a_gpu_does_have_the_same(exchange: str) -> None:
+    for (found,) in run_ranks(errors, 2, [torch.float64], exchange, {**CASES["everything"], "blocks": True}):
+        assert max(found) < TOLERANCE[torch.float64], found
+
+
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bfloat16_loses_what_its_eight_bits_lose(exchange: str) -> None:
     """2⁻⁸ is one rounding. The ring adds up in float32 and rounds once; others round scores as one device does."""
@@ -196,7 +209,7 @@ def hidden_and_gradients(
     """Which tokens, their last hidden states, and the gradient of the sum of their losses."""
     model = scrambled(spec).double()
     for layer in model.layers:
-        recompute_layer(layer, recompute)
+        prepare_layer(layer, recompute)
     tokens = random_tokens(spec, 2, 16)
     documents = (torch.arange(16) >= torch.tensor([[6], [11]])).long()
     index, portion = torch.arange(16)[None], None

@@ -11,6 +11,7 @@ from colossus.parallel.mesh import Mesh
 from colossus.parallel.rank_model import Objective, RankModel
 from colossus.spec.job import Job, Share
 from colossus.spec.model import ModelSpec
+from colossus.spec.plan import Recompute
 from tests.parallel.layouts import (
     DEEPSEEK_LIKE,
     GPT_LIKE,
@@ -223,9 +224,28 @@ def test_gradients_between_replica_groups_may_travel_in_bfloat16() -> None:
         check(model, job(model, replica=2, replica_sum="bfloat16"))
 
 
+WEIGHTS = {"shard": 2, "sharding": "weights"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"tp": 2}, {"shard": 2, "sharding": "weights"}], ids=["tp", "weights"])
-def test_compiled_layers_compute_the_same(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("model", "settings", "recompute"),
+    [
+        (dense(num_layers=2), {"tp": 2}, "none"),
+        (dense(num_layers=2), {"tp": 2}, "alternate"),
+        (dense(num_layers=2), WEIGHTS, "none"),
+        (dense(num_layers=2), WEIGHTS, "full"),
+        (dense(num_layers=2), WEIGHTS, "alternate"),
+        (dense(num_layers=2), {"cp": 2, "context_exchange": "ring"}, "selective"),
+        (GROK_LIKE, {"shard": 2, "ep": 2, **WEIGHTS}, "full"),
+        (GROK_LIKE, {"tp": 2}, "selective"),
+        (GROK_LIKE, WEIGHTS, "alternate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_compiled_layers_compute_the_same(
+    model: ModelSpec, settings: dict[str, Any], recompute: Recompute
+) -> None:
     """Gradients that a compiled region drops in silence are what this looks for."""
-    model = dense(num_layers=2)
-    check(model, job(model, **settings), compiled=True)
+    share = Share(num_micro_batches=2, recompute=recompute)
+    check(model, job(model, shares=(share,), **settings), compiled=True)

@@ -19,6 +19,7 @@ from colossus.spec.job import Job
 from colossus.spec.layout import Group, Mates
 from colossus.spec.matrices import deal_out
 from colossus.spec.model import BYTES_PER_ELEMENT, AttentionSpec, Dtype, ModelSpec, MoeSpec
+from colossus.spec.parameters import layer_of
 from colossus.spec.plan import Recompute
 from colossus.spec.run import OptimizerKind
 from colossus.spec.sharding import Placement, ShardingTable, sharding_table
@@ -426,8 +427,8 @@ class _Step:
     def _after_backward(self) -> Counts:
         """What is left to sum of gradients, in buckets; the experts' loads; the gradient's norm; the loss."""
         counts: Counts = Counter()
-        for over, sizes in self._left().items():
-            for bucket in _buckets(sizes):
+        for (over, _), sizes in self._left().items():
+            for bucket in buckets(sizes):
                 for group, num_parts in over:
                     narrow = 2 if group == "replica" and self.job.replica_sum == "bfloat16" else 1
                     counts[Collective("all-reduce", group, bucket * num_parts // narrow)] += 1
@@ -463,9 +464,10 @@ class _Step:
                     counts[Collective("all-to-all", group, self._element * num_sent)] += 1
         return counts
 
-    def _left(self) -> dict[tuple[tuple[Group, int], ...], list[int]]:
-        """Over which groups, and how many different parts these hold: bytes of the gradients, in the model's order."""
-        left: dict[tuple[tuple[Group, int], ...], list[int]] = {}
+    def _left(self) -> dict[tuple[tuple[tuple[Group, int], ...], int | None], list[int]]:
+        """Over which groups, how many different parts these hold, and the layer of what is summed between replicas
+        alone: bytes of the gradients, in the model's order."""
+        left: dict[tuple[tuple[tuple[Group, int], ...], int | None], list[int]] = {}
         for name in self._parameters_here():
             placement = self._placements[name]
             if placement.parameter.role in ("sparse_embedding", "balance"):
@@ -486,7 +488,8 @@ class _Step:
                     over.append((group, cut.num_parts))
             if over:
                 box = placement.box(self._mates.__getitem__)
-                left.setdefault(tuple(over), []).append(FLOAT32 * prod(box.shape))
+                layer = layer_of(name) if over == [("replica", 1)] else None
+                left.setdefault((tuple(over), layer), []).append(FLOAT32 * prod(box.shape))
         return left
 
     def _parameters_here(self) -> Iterator[str]:
@@ -529,11 +532,11 @@ class _Unit(NamedTuple):
         return Collective("reduce-scatter", self.group, FLOAT32 * self.num_padded)
 
 
-def _buckets(sizes: list[int]) -> list[int]:
+def buckets(sizes: list[int]) -> list[int]:
     """As parallel/sums.py fills them."""
-    buckets: list[int] = []
+    filled: list[int] = []
     for size in sizes:
-        if not buckets or buckets[-1] + size > BUCKET_BYTES:
-            buckets.append(0)
-        buckets[-1] += size
-    return buckets
+        if not filled or filled[-1] + size > BUCKET_BYTES:
+            filled.append(0)
+        filled[-1] += size
+    return filled

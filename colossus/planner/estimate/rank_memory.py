@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from colossus.planner.estimate.collectives import BUCKET_BYTES, buckets
 from colossus.planner.estimate.layer_memory import LayerMemory, LossMemory, layer_memory, loss_memory
 from colossus.planner.estimate.orthogonal import orthogonal_bytes
 from colossus.planner.one_rank.activations import (
@@ -35,8 +36,6 @@ from colossus.spec.run import AdamW, Muon
 from colossus.spec.sharding import Placement, sharding_table
 from colossus.spec.stages import Stage
 
-BUCKET_BYTES = 256 * 2**20
-"""As in parallel/sums.py."""
 DEFERRING = ("zb-h1", "zbv", "dualpipev")
 """Schedules that put weight gradients off."""
 
@@ -155,6 +154,8 @@ class _Layer:
         self.mlp: Counter[_Unit] = Counter()
         """Numbers of the feed-forward part in each unit."""
         self.attention: Counter[_Unit] = Counter()
+        self.between_replicas: list[int] = []
+        """Bytes of gradients that are summed between replicas alone, each, as they travel."""
 
     @property
     def units(self) -> Mapping[_Unit, None]:
@@ -176,8 +177,10 @@ class _Part:
     sparse: int = 0
     state: int = 0
     """Bytes of the optimizer's."""
+    between_replicas: list[int] = field(default_factory=list)
+    """Bytes of gradients that are summed between replicas alone, each, of what stands around the layers."""
     left: list[int] = field(default_factory=list)
-    """Bytes of gradients that are left to sum over ranks, each."""
+    """Bytes of gradients that are summed over other ranks after all passes, each."""
     matrices: list[tuple[Placement, int]] = field(default_factory=list)
     """Of Muon: each, and how many are here of a stack."""
 
@@ -231,6 +234,8 @@ class _Step:
         self.message = self.shape.held_values(model.hidden_size)
         self._pending = self._scattering = 0
         """Bytes of what was gathered last, and of what was scattered last, which stay until the next is."""
+        self._travelling: list[int] = []
+        """Bytes of sums between replicas that are under way."""
         self._coming: set[_Unit] = set()
         """Gathered ahead of the backward pass, and not yet put in place."""
 
@@ -274,32 +279,33 @@ class _Step:
                 boxes[placement] = placement.box(lambda group: self.mates[group], kept=False).shape
             return boxes[placement]
 
-        def place(name: str, unit: _Unit) -> int:
+        def place(name: str, unit: _Unit, between_replicas: list[int]) -> int:
             placement = placements[name]
             parameter = placement.parameter
             shape = shape_here(placement)
             before, kept = unit.whole, unit.kept
             unit.add(placement, shape, "expert_shards" if parameter.expert else "shards")
             part.state += self._state_bytes(parameter, unit.kept - kept)
-            if parameter.role != "balance":
-                part.left += self._left(placement, unit.kept - kept)
+            if parameter.role != "balance" and (groups := self._left(name, placement)):
+                left = between_replicas if groups == ["replica"] else part.left
+                left.append(FLOAT32 * (unit.kept - kept))
             if self._takes_muon(parameter):
                 box = placement.box(lambda group: self.mates[group])
                 part.matrices.append((placement, box.shape[0] if len(box.shape) == 3 else 1))
             return unit.whole - before
 
         if stage.is_first or (stage.is_last and model.tied_embeddings):
-            part.inputs += place("embedding.weight", ends)
+            part.inputs += place("embedding.weight", ends, part.between_replicas)
         if stage.is_first:
             for parameter in model.input_parameters()[1:]:
                 if parameter.role == "sparse_embedding":
                     part.sparse += parameter.num_elements
                     part.state += FLOAT32 * parameter.shape[0]
                 else:
-                    part.inputs += place(parameter.name, ends)
+                    part.inputs += place(parameter.name, ends, part.between_replicas)
         if stage.is_last:
             for parameter in model.output_parameters():
-                numbers = place(parameter.name, ends)
+                numbers = place(parameter.name, ends, part.between_replicas)
                 part.head += numbers
             part.head = part.inputs if model.tied_embeddings else part.head
             if not stage.is_first:
@@ -336,7 +342,7 @@ class _Step:
                         unit = here.experts
                     elif parameter.name.startswith("mlp.router") and own_router:
                         unit = here.router
-                    numbers = place(f"layers.{layer}.{parameter.name}", unit)
+                    numbers = place(f"layers.{layer}.{parameter.name}", unit, here.between_replicas)
                     side = here.mlp if parameter.name.startswith("mlp") else here.attention
                     side[unit] += numbers
                 part.layers.append(here)
@@ -350,16 +356,19 @@ class _Step:
     def _takes_muon(self, parameter: ParameterSpec) -> bool:
         return parameter.role == "matrix" and isinstance(self.how.optimizer, Muon)
 
-    def _left(self, placement: Placement, kept: int) -> list[int]:
-        """Gradients that are summed over ranks after the last backward pass, as parallel/sums.py does."""
+    def _left(self, name: str, placement: Placement) -> list[Group]:
+        """Over whom a gradient is left to sum, as in parallel/sums.py."""
         within: tuple[Group, ...] = (
             ("expert_tp", "expert_shards") if placement.parameter.expert else ("tp", "shards")
         )
+        left: list[Group] = []
+        if name == "embedding.weight" and self.model.tied_embeddings and not self.alone:
+            left.append("ends")
         for group in (*within, "replica"):
             size, cut = self.mates[group].size, placement.cut(group)
             if size > 1 and (cut is None or cut.num_parts < size):
-                return [FLOAT32 * kept]
-        return []
+                left.append(group)
+        return left
 
     def _buffer_bytes(self) -> int:
         """The frequencies of rotations, float64; and every mixture's count of its experts' tokens."""
@@ -472,6 +481,8 @@ class _Step:
             for unit in (layer.router, layer.rest):
                 if unit is not layer.plain:
                     self._scatter(unit, scatters, reshards)
+            if complete:
+                self._begin_sums(layer.between_replicas)
         if part.stage.is_first:
             ledger.let_go("activations", embedding_bytes(self.model, self.shape))
             self._add_gradients(part.ends, part.inputs)
@@ -500,14 +511,28 @@ class _Step:
             for unit in part.units():
                 if unit.is_sharded:
                     self._scatter(unit, True, True)
+            for layer in reversed(part.layers):
+                self._begin_sums(layer.between_replicas)
             self._finish()
+
+    def _begin_sums(self, sizes: list[int]) -> None:
+        """Of gradients, between replicas; two at most are under way."""
+        for size in buckets(sizes):
+            if len(self._travelling) == 2:
+                self.ledger.let_go("workspace", self._travelling.pop(0))
+            self._travelling.append(size // 2 if self.job.replica_sum == "bfloat16" else size)
+            self.ledger.hold("workspace", self._travelling[-1])
 
     def _finish(self) -> None:
         self.ledger.let_go("gathered", self._scattering)
         self._scattering = 0
 
     def _after(self) -> None:
-        """Sums over ranks, and the optimizer."""
+        """The last sums over ranks, and the optimizer."""
+        for part in self.parts.values():
+            self._begin_sums(part.between_replicas)
+        self.ledger.let_go("workspace", sum(self._travelling))
+        self._travelling.clear()
         left = [size for part in self.parts.values() for size in part.left]
         self.ledger.moment("workspace", max(min(sum(left), BUCKET_BYTES), max(left, default=0)))
         matrices = [matrix for part in self.parts.values() for matrix in part.matrices]

@@ -344,7 +344,8 @@ def _mlp(hidden: int, inner: int, gated: bool, shape: Shape) -> int:
 
 
 def _mixture(hidden: int, moe: MoeSpec, shape: Shape, *, router_losses: bool) -> int:
-    total = _router(hidden, moe, shape) + _experts(hidden, moe, shape)
+    # And how many tokens each expert was given.
+    total = _router(hidden, moe, shape) + _experts(hidden, moe, shape) + FLOAT32 * moe.num_experts
     if moe.shared is not None:
         # In float32 its input is the router's, where that has not been gathered.
         same = shape.dtype == "float32" and shape.split.tp == 1
