@@ -53,7 +53,7 @@ from colossus.data import Batch  # noqa: E402
 from colossus.hardware import chip as chip_named  # noqa: E402
 from colossus.hardware import parse_fleet  # noqa: E402
 from colossus.models import RouterLosses  # noqa: E402
-from colossus.models.attend import attend, attention_bias  # noqa: E402
+from colossus.models.attend import attend, attention_bias, who_sees  # noqa: E402
 from colossus.optim import build_optimizers, scale_gradients  # noqa: E402
 from colossus.parallel.mesh import Mesh  # noqa: E402
 from colossus.parallel.optimize import MatrixRounds, gradient_norm  # noqa: E402
@@ -447,7 +447,8 @@ def measure_attention(kind: str, tiny: bool, report: Callable[..., None]) -> Non
     query, key, value = made(heads), made(kv_heads), made(kv_heads)
     gradient = torch.randn(rows, heads, tokens, head_dim, device=kind, dtype=dtype)
     documents = (torch.arange(tokens, device=kind) * 4 // tokens).expand(rows, -1).contiguous()
-    bias = attention_bias(documents, documents, torch.arange(tokens, device=kind)[None], dtype)
+    seen = documents, documents, torch.arange(tokens, device=kind)[None], dtype
+    sees, bias = who_sees(*seen), attention_bias(*seen)
 
     def same_document(row: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents[row, q] == documents[row, k])
@@ -461,8 +462,12 @@ def measure_attention(kind: str, tiny: bool, report: Callable[..., None]) -> Non
     compiled = torch.compile(flex_attention, dynamic=False)
     blocks = create_block_mask(same_document, rows, None, tokens, tokens, device=kind)
     ways: dict[str, Callable[[], Tensor]] = {
-        "ours, documents": lambda: attend(query, key, value, bias, scale=scale),
-        "ours, documents, soft cap": lambda: attend(query, key, value, bias, scale=scale, soft_cap=30.0),
+        "ours, documents": lambda: attend(query, key, value, sees, scale=scale),
+        "ours, documents, soft cap": lambda: attend(query, key, value, sees, scale=scale, soft_cap=30.0),
+        "ours, who sees whom": lambda: attend(query, key, value, who_sees(*seen), scale=scale),
+        "plain operations, documents, soft cap": lambda: attend(
+            query, key, value, bias, scale=scale, soft_cap=30.0
+        ),
         "torch, causal": lambda: fused(query, key, value, is_causal=True, enable_gqa=True),
         "torch, documents, keys shared": lambda: fused(query, key, value, attn_mask=bias, enable_gqa=True),
         "torch, documents, keys repeated": lambda: fused(query, wide(key), wide(value), attn_mask=bias),

@@ -92,6 +92,9 @@ def _every_other_matmul() -> Any:
     matmuls = {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_mm.default,
+        torch.ops.aten._grouped_mm.default,
+        torch.ops.aten._scaled_grouped_mm.default,
         torch.ops.colossus.multiply_groups.default,
     }
     attention = {

@@ -96,7 +96,7 @@ def _every_other_matmul(model: ModelSpec, mlp: MlpSpec | MoeSpec, shape: Shape) 
     kept = sum(outputs[::2])
     attention = model.attention
     ring = shape.split.cp > 1 and shape.split.exchange == "ring"
-    if is_fused(attention) and not shape.short and not ring:
+    if is_fused(attention, shape) and not shape.short and not ring:
         query = heads_here(attention, shape).query
         heads = query // attention.head_dim
         mixed = query if shape.split.on_cpu else heads * attention.value_head_dim
@@ -256,7 +256,7 @@ def _attention_moments(model: ModelSpec, shape: Shape, kept: int, first: bool) -
     size = shape.element * tokens
     if shape.split.on_cpu and seen <= EXPLICIT_ATTENTION_MAX_TOKENS:
         yield size * (mixed + query + key + value + squares * heads * keys)
-    elif is_fused(attention):
+    elif is_fused(attention, shape):
         wide = isinstance(attention, LatentAttentionSpec) and shape.split.on_cpu
         yield size * (mixed + (4 * query if wide else query + key + value))
     else:

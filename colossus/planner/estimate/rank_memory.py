@@ -408,8 +408,7 @@ class _Step:
             ledger.hold("activations", self.message)  # of a neighbour on this rank; else it came before
         self._unshard(part.ends)
         # Who sees whom: three comparisons of a byte each, then the numbers and two of those.
-        each = shape.num_sequences * shape.queries * shape.sequence_tokens
-        ledger.moment("workspace", max(3, 2 + shape.element) * each)
+        ledger.moment("workspace", max(3, 2 + shape.element) * shape.pairs)
         ledger.hold("activations", self.sight)
         bias = num_kinds_of_sight(self.model) * bias_bytes(shape)
         in_passing = bias if shape.short and shape.split.cp == 1 and self.share.recompute == "none" else 0

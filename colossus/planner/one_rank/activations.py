@@ -24,7 +24,9 @@ from colossus.spec.plan import ContextExchange
 EXPLICIT_ATTENTION_MAX_TOKENS = 512
 """Up to here a CPU keeps the probabilities of attention, from here on only what the fused kernel or blocks of queries
 need; as in models/attend.py."""
-FLOAT32, INT64 = 4, 8
+BLOCK_TOKENS = 128
+"""As in models/blocks.py."""
+FLOAT32, INT32, INT64 = 4, 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,16 @@ class Shape:
     def short(self) -> bool:
         """Whether attention keeps its probabilities."""
         return self.split.on_cpu and self.sequence_tokens <= EXPLICIT_ATTENTION_MAX_TOKENS
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether attention is told in blocks who sees whom, as in models/blocks.py; else for each pair of tokens."""
+        return not self.split.on_cpu and not (self.split.cp > 1 and self.split.exchange == "ring")
+
+    @property
+    def pairs(self) -> int:
+        """Of tokens, for each of which it is told."""
+        return 0 if self.in_blocks else self.num_sequences * self.queries * self.sequence_tokens
 
     def values(self, per_token: int) -> int:
         """Bytes of so many numbers for each token, in `dtype`."""
@@ -168,8 +180,12 @@ def sight_bytes(model: ModelSpec, shape: Shape, *, with_bias: bool = False) -> i
 
 
 def bias_bytes(shape: Shape) -> int:
-    """Who sees whom, in one kind of layers."""
-    return shape.element * shape.num_sequences * shape.queries * shape.sequence_tokens
+    """Who sees whom, in one kind of layers: of blocks, those that are seen in part and those that are as a whole, for
+    queries and for keys; and the tokens' documents."""
+    if not shape.in_blocks:
+        return shape.element * shape.pairs
+    blocks = -(-shape.queries // BLOCK_TOKENS) * -(-shape.sequence_tokens // BLOCK_TOKENS)
+    return INT32 * shape.num_sequences * (4 * blocks + shape.queries + shape.sequence_tokens)
 
 
 def num_kinds_of_sight(model: ModelSpec) -> int:
@@ -285,14 +301,15 @@ def attend_bytes(attention: AttentionSpec | LatentAttentionSpec, shape: Shape) -
             tokens * cp,
             shape.sequence_tokens,
         )
-        return inside + (shape.values(query) if is_fused(attention) and not shape.short else 0)
+        return inside + (shape.values(query) if is_fused(attention, shape) and not shape.short else 0)
     # Two chunks of queries, from either end; keys and values of all ranks.
     chunk, gathered = shape.sequence_tokens // (2 * cp), tokens * cp
     total = shape.element * gathered * (key + value)
     for seen in ((shape.split.cp_place + 1) * chunk, (2 * cp - shape.split.cp_place) * chunk):
         explicit = shape.split.on_cpu and seen <= EXPLICIT_ATTENTION_MAX_TOKENS
         part = _attend(attention, query, 0, 0, shape, tokens // 2, seen, explicit=explicit)
-        total += part + (shape.element * tokens // 2 * query if is_fused(attention) and not explicit else 0)
+        apart = is_fused(attention, shape) and not explicit
+        total += part + (shape.element * tokens // 2 * query if apart else 0)
     return total
 
 
@@ -315,17 +332,23 @@ def _attend(
     size = shape.element * tokens
     if shape.short if explicit is None else explicit:
         return size * (query + key + value + heads * per_head)
-    if not is_fused(attention):
+    if not is_fused(attention, shape):
         return size * (query + key + value)  # blocks of queries are computed again
     kept = size * (query + key) + FLOAT32 * tokens * heads
+    if (
+        isinstance(attention, AttentionSpec) and attention.sinks
+    ):  # what was mixed, and the share that it is left
+        kept += size * query + FLOAT32 * tokens * heads
     if attention.value_head_dim == attention.head_dim or not shape.split.on_cpu:
         return kept + size * value
     # The kernel wants values as wide as keys, and keeps what it mixed of them.
     return kept + size * 2 * query
 
 
-def is_fused(attention: AttentionSpec | LatentAttentionSpec) -> bool:
+def is_fused(attention: AttentionSpec | LatentAttentionSpec, shape: Shape) -> bool:
     """Whether a fused kernel can do it, as in models/attend.py."""
+    if shape.in_blocks:
+        return True
     if isinstance(attention, LatentAttentionSpec):
         return attention.value_head_dim <= attention.head_dim
     return (

@@ -199,7 +199,7 @@ def _attention_transient(model: ModelSpec, shape: Shape) -> int:
     per_query = attention.num_heads * keys
     if shape.short:
         return shape.values(4 * query + squares * per_query)
-    if is_fused(attention):
+    if is_fused(attention, shape):
         return shape.values(4 * query)
     # One block's scores are made again, and kept until their gradients are there.
     block = shape.element * shape.num_sequences * min(BLOCK_QUERIES, keys) * per_query
