@@ -104,7 +104,8 @@ def attend_in_blocks(
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    # Whole or not at all: where it gave up, all scores would stand in memory, in silence.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _kernel(on_gpu: bool) -> Callable[..., Any]:
