@@ -56,7 +56,7 @@ def candidates(draw: st.DrawFn) -> tuple[ModelShape, Execution, Hardware, Consta
         name: draw(st.sampled_from([0, 1]))
         for name in (
             "sequence_parallel", "flash", "fused", "few_launches", "overlap_data", "overlap_tensor",
-            "overlap_experts", "one_copy_per_node",
+            "overlap_experts", "one_copy_per_node", "whole_groups",
         )
     }  # fmt: skip
     x = execution(
@@ -279,6 +279,24 @@ def test_interleaving_divides_the_bubble_and_costs_messages() -> None:
         7 / 16 * float(plain.matmul_s + plain.head_s) * 1.25, rel=0.25
     )
     assert float(cut.pipeline_s) > 0
+
+
+def test_pipelines_stand_within_a_replica_group_and_replicas_around_them() -> None:
+    """Two stages of two tensor-parallel ranks fit a node of 8, where they are not told apart by 16 other copies; their
+    copies' sums then leave the node, and other ranks' do not change."""
+    shape = ModelShape.of(zoo.find("llama3-8b"))
+
+    def parts(whole_groups: int, **layout: float) -> StepParts:
+        x = execution(whole_groups=whole_groups, micro_batches=8, overlap_data=0, **layout)
+        return step_parts(shape, x, hardware(), constants())
+
+    within, apart = (parts(whole, tp=2, pp=2, data=16, shard=1) for whole in (1, 0))
+    assert within.pipeline_s < 0.5 * apart.pipeline_s
+    within, apart = (parts(whole, tp=2, pp=2, data=4, shard=1, sharding=2) for whole in (1, 0))
+    assert within.data_s > 1.5 * apart.data_s
+    for layout in ({"tp": 8, "data": 16}, {"tp": 4, "pp": 4, "data": 8, "shard": 8, "sharding": 3}):
+        within, apart = (parts(whole, **layout) for whole in (1, 0))
+        assert float(within.total_s) == pytest.approx(float(apart.total_s))
 
 
 def test_owners_of_an_optimizer_scatter_among_themselves_and_sum_over_replicas() -> None:

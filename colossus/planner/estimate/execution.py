@@ -77,6 +77,9 @@ class Execution(Columns):
     """1 where matrices take Muon, 0 where all take AdamW."""
     state_bytes: Array = field(default_factory=lambda: 4.0 * np.ones(()))
     """Bytes of each number that the optimizer keeps."""
+    whole_groups: Array = field(default_factory=lambda: np.zeros(()))
+    """1 where ranks of one replica group stand side by side, its pipelines among them; 0 where all data-parallel ranks
+    of a stage stand between it and the next one."""
 
 
 @dataclass(frozen=True, slots=True)

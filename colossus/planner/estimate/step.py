@@ -166,7 +166,7 @@ def _pipeline_s(shape: ModelShape, x: Execution, hardware: Hardware, c: Constant
         return np.zeros(())
     message = hardware.activation_bytes * x.micro_batch * x.sequence / x.cp * shape.hidden
     message = message / np.where(x.sequence_parallel > 0, x.tp, 1.0)
-    stride = x.tp * x.cp * x.data
+    stride = x.tp * x.cp * np.where(x.whole_groups > 0, x.shard, x.data)
     host = c.hop_s * np.where(x.few_launches > 0, c.launch_fused, 1.0)
     hop = network.send_s(message, x.pp, stride, hardware, c)
     hop = hop + np.where(x.pp * stride > hardware.scale_up_chips, host, 0.0)
@@ -186,12 +186,13 @@ def _summed_s(
     """
     stride, ranks = x.tp * x.cp, x.data * x.cp
     owners = _owners(x)
+    between = np.where(x.whole_groups > 0, x.pp, 1.0)  # a replica's stages stand between it and the next one
     gathered_bytes = np.where(x.sharding == 1, _weight_bytes(hardware), x.gradient_bytes)
     # What is sharded further was scattered with each micro-batch; replicas still sum their shards.
     shards = x.gradient_bytes * dense / x.shard
-    replicas_s = network.all_reduce_s(shards, x.data / x.shard, stride * x.shard, hardware, c)
+    replicas_s = network.all_reduce_s(shards, x.data / x.shard, stride * x.shard * between, hardware, c)
     scatter_s = network.ring_s(x.gradient_bytes * dense, owners, x.tp, hardware, c) + network.all_reduce_s(
-        x.gradient_bytes * dense / owners, ranks / owners, x.tp * owners, hardware, c
+        x.gradient_bytes * dense / owners, ranks / owners, x.tp * owners * between, hardware, c
     )
     gather_s = network.ring_s(gathered_bytes * dense, owners, x.tp, hardware, c)
     waits = (x.sharding == 1) & (x.few_launches == 0)
@@ -210,8 +211,9 @@ def _summed_s(
 
 def _owners(x: Execution) -> Array:
     """Data-parallel ranks that share one optimizer of a dense weight, where that is all that is sharded; else
-    all that sum its gradient."""
-    return np.where(x.sharding == 1, x.shard, x.data) * x.cp
+    all that sum its gradient, and stand side by side."""
+    apart = (x.sharding == 1) | ((x.whole_groups > 0) & (x.pp > 1))
+    return np.where(apart, x.shard, x.data) * x.cp
 
 
 def _handed_on_s(x: Execution, dense: Array, hardware: Hardware, c: Constants) -> Array:
