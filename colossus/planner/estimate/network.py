@@ -1,8 +1,8 @@
 """Time of collectives between ranks, by the tiers they cross.
 
-Ranks are numbered tensor-parallel first, then context, data and pipeline (of our own trainer: shards, pipeline and
-then replicas), and fill a scale-up domain (NVLink) before the next one. A group of `size` ranks that lie `stride` apart therefore has `inside` members in one
-domain; what leaves it goes through the members' own NICs, side by side.
+Ranks are numbered tensor-parallel first, then context, data and pipeline (in our own trainer: shards, pipeline and then
+replicas), and fill a scale-up domain (NVLink) before the next one. A group of `size` ranks that lie `stride` apart
+therefore has `inside` members in one domain; what leaves it goes through the members' own NICs, side by side.
 """
 
 import numpy as np

@@ -24,7 +24,7 @@ from colossus.spec.run import OptimizerKind
 Indices = npt.NDArray[np.intp]
 
 SOFTWARE = "megatron-core"
-"""The stack whose efficiency of kernels plans assume: the best that is published."""
+"""The stack whose efficiency plans assume: the best that is published."""
 ATTENTION = "cudnn"
 USUAL_FABRIC_EFFICIENCY = 0.9
 """Of the InfiniBand fabrics that the constants were fitted on; a fabric that loses more to congestion is slower. An
@@ -100,8 +100,7 @@ class Problem:
 def execution(
     problem: Problem, rows: Layouts, micro_batch: Array, recompute: Array, groups: Array, micro_batches: Array
 ) -> Execution:
-    """The candidates' columns, with what Colossus's own trainer does and what it does not: gradients are summed beside
-    the backward pass, exchanges of tensors and tokens are waited for, and a token goes to each of its experts' ranks."""
+    """The candidates' columns, with all that Colossus's own trainer does."""
     one = np.ones_like(rows.tp)
     return Execution(
         sequence=one * problem.sequence,
@@ -123,9 +122,9 @@ def execution(
         few_launches=one,
         score_traffic=one,
         overlap_data=one,
-        overlap_tensor=0 * one,
-        overlap_experts=0 * one,
-        one_copy_per_node=0 * one,
+        overlap_tensor=one,
+        overlap_experts=one,
+        one_copy_per_node=one,
         gradient_bytes=4.0 * one,
         exchange=FASTEST_EXCHANGE * one,
         keeps_gathered=one,
