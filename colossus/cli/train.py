@@ -155,13 +155,9 @@ def _new_config(
         from colossus.data.tokenizer import Tokenizer
 
         changes = [f"model.vocab_size={Tokenizer.load(tokenizer).vocab_size}", *changes]
-    if (
-        plan is not None
-        and recipe is None
-        and run_config(DEFAULT_RECIPE, []).optimizer.kind != plan.optimizer
-    ):
-        # Nobody chose the default recipe's optimizer: the plan's comes first, then what was asked for.
-        changes = [f"optimizer.kind={plan.optimizer}", *changes]
+    if plan is not None and recipe is None:
+        # Nobody chose what the default recipe says of these: the plan's comes first, then what was asked for.
+        changes = [*_planned(plan), *changes]
     config = run_config(recipe or DEFAULT_RECIPE, changes)
     if plan is not None:
         from colossus.spec.config import with_plan
@@ -169,6 +165,21 @@ def _new_config(
         config = with_plan(config, plan)
     check_name(name or config.name)  # before the corpus is prepared, not after
     return config
+
+
+MOST_BETWEEN_CHECKPOINTS_S = 1800
+"""Plans know how often machines fail, and not how often someone pulls a plug."""
+
+
+def _planned(plan: "Plan") -> list[str]:
+    """What a plan says of how a run is configured, beside the model and the batch."""
+    from colossus.spec.config import run_config
+
+    every_s = min(plan.estimate.checkpoint_interval_s, MOST_BETWEEN_CHECKPOINTS_S)
+    changes = [f"checkpoints.every={max(1, round(every_s))} seconds"]
+    if run_config(DEFAULT_RECIPE, []).optimizer.kind != plan.optimizer:
+        changes.append(f"optimizer.kind={plan.optimizer}")
+    return changes
 
 
 def _words(recipe: str | None, name: str | None) -> list[str]:

@@ -14,10 +14,12 @@ from colossus.cli import main, printable
 from colossus.cli.options import split_weight
 from colossus.events import RunFinished
 from colossus.spec.config import from_toml, to_toml
-from colossus.spec.run import RunConfig
+from colossus.spec.run import AdamW, RunConfig
+from tests.helpers import tiny
 from tests.observe.logs import whole_run
 from tests.observe.test_run_directory import finish, new_run, trainer
 from tests.observe.test_summary_and_curves import SUMMARY
+from tests.parallel.plans import plan_of
 from tests.spec.configs import small_config
 
 HEAVY = ("torch", "matplotlib", "tokenizers", "pyarrow", "numpy", "rich", "safetensors", "psutil")
@@ -107,6 +109,26 @@ def test_print_config_imports_no_torch(recipe: str) -> None:
 def test_a_learned_tokenizers_size_is_the_models_too(recipe: str) -> None:
     config = from_toml(colossus("train", recipe, "--print-config", "--vocab-size", "300").stdout)
     assert (config.model.vocab_size, config.data.tokenizer.kind) == (300, "bpe")
+
+
+@pytest.mark.parametrize(
+    ("interval_s", "asked", "every"),
+    [
+        (44.6, (), "45 seconds"),
+        (7200.0, (), "30 minutes"),
+        (44.6, ("--set", "checkpoints.every=9 steps"), "9 steps"),
+    ],
+)
+def test_a_plan_says_how_often_its_run_is_saved(
+    interval_s: float, asked: tuple[str, ...], every: str, tmp_path: Path
+) -> None:
+    plan = plan_of(tiny(vocab_size=300, context_tokens=64), tokens=10**4)
+    estimate = plan.estimate.model_copy(update={"checkpoint_interval_s": interval_s})
+    (tmp_path / "plan.json").write_text(plan.model_copy(update={"estimate": estimate}).to_json())
+    done = colossus("train", "--plan", str(tmp_path / "plan.json"), "--print-config", *asked)
+    config = from_toml(done.stdout)
+    assert str(config.checkpoints.every) == every
+    assert config.optimizer == AdamW()
 
 
 def test_a_path_with_an_equals_sign_is_a_path_where_it_exists(
