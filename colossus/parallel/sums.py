@@ -158,9 +158,8 @@ class _Travelling:
         self.work.wait()
         for gradient, piece in _pieces(self.bucket, self.sent[self.part]):
             gradient.copy_(piece)
-        if (
-            self.sent.is_cuda
-        ):  # it may be from another stream, which must not give its memory away before that
+        if self.sent.is_cuda:
+            # It may be of another stream, which must not give its memory away before this one has read it.
             self.sent.record_stream(torch.cuda.current_stream())
 
 
