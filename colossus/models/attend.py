@@ -34,7 +34,7 @@ def who_sees(
     window_tokens: int | None = None,
 ) -> Sees:
     """In the form that attention is fastest with on this machine; arguments are those of `attention_bias`."""
-    if query_documents.is_cuda and torch.is_grad_enabled() and dtype.itemsize <= 4 and _has_triton():
+    if query_documents.is_cuda and dtype.itemsize <= 4 and _has_triton():
         return attention_blocks(query_documents, key_documents, query_index, window_tokens)
     return attention_bias(query_documents, key_documents, query_index, dtype, window_tokens)
 

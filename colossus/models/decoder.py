@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colossus.models.attend import attention_bias
+from colossus.models.attend import attention_bias, who_sees
 from colossus.models.attention import Attention, Portion, Sight
 from colossus.models.cache import Cache, LayerCache
 from colossus.models.latent_attention import LatentAttention
@@ -111,7 +111,11 @@ class Decoder(nn.Module):
         else:
             all_tokens, all_documents = cache.extend(tokens, documents)
             index = cache.place.index
-        portion = Portion(index, index, index) if portion is None else portion
+        if portion is None:
+            # Passes without gradients come in many lengths, for each of which there would be a kernel to compile.
+            portion = Portion(
+                index, index, index, who_sees=who_sees if torch.is_grad_enabled() else attention_bias
+            )
         if hidden is None:
             hidden = self._embedded(tokens, all_tokens, all_documents, portion, dtype)
         sight = self._sight(all_documents, portion, dtype, cache)
@@ -165,11 +169,11 @@ class Decoder(nn.Module):
         # One more token for rows that are equally long sees all that there is.
         sees_all = cache is not None and cache.place.is_next_of_all and not cache.has_documents
         queries = documents.gather(1, index.expand(documents.shape[0], -1))
-        who_sees = portion.who_sees if cache is None else attention_bias
-        full = None if sees_all else who_sees(queries, documents, index, dtype)
+        see = portion.who_sees if cache is None else attention_bias
+        full = None if sees_all else see(queries, documents, index, dtype)
         windowed = full
         if window is not None and not (sees_all and documents.shape[1] <= window.tokens):
-            windowed = who_sees(queries, documents, index, dtype, window.tokens)
+            windowed = see(queries, documents, index, dtype, window.tokens)
         temperatures = None
         if temperature_tokens is not None:
             positions = self._positions_in_document(documents, index)

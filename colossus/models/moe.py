@@ -66,6 +66,11 @@ class MixtureOfExperts(nn.Module):
         self.load.zero_()
         self._count_as_gradient()
 
+    def _apply(self, *arguments: Any, **named: Any) -> "MixtureOfExperts":
+        super()._apply(*arguments, **named)
+        self._count_as_gradient()  # the load is another tensor now
+        return self
+
     def _count_as_gradient(self) -> None:
         """The load is the gradient of a tensor that nothing depends on: so it is counted once for each backward pass,
         however often the forward pass is made for it, and also where torch's compiler has taken passes apart."""

@@ -4,7 +4,6 @@ No token is dropped, so how many rows travel is known only when tokens have chos
 expert, they first gather their tokens, and scatter the sums at the end.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from colossus.models.moe import (
     unsorted,
 )
 from colossus.parallel.collectives import Team, all_gather, all_to_all, reduce_scatter, total
+from colossus.parallel.given import given
 from colossus.parallel.mesh import Mesh
 
 
@@ -32,10 +32,10 @@ def split_experts(model: Decoder, mesh: Mesh) -> None:
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             if ep is not None or expert_tp is not None:
-                module.experts.forward = partial(_through_experts, module.experts, ep, expert_tp)
+                module.experts.forward = given(_through_experts, module.experts, ep, expert_tp)
             if expert_tp is not None and module.experts.down.bias is not None:
                 down = module.experts.down
-                down.forward = partial(_with_share_of_bias, down, down.forward, expert_tp.size)
+                down.forward = given(_with_share_of_bias, down, down.forward, expert_tp.size)
             if sequence_teams:
                 module.whole_sequences = _whole_sequences(sequence_teams)
 
@@ -84,6 +84,7 @@ def _through_experts(
     return reduce_scatter((back * weights[..., None]).sum(1), 0, expert_tp)
 
 
+@torch.compiler.disable  # how many rows go where is another number in each pass: each would be compiled for
 def _travel(experts: Experts, ep: Team, rows: Tensor, counts: Tensor, num_here: int) -> Tensor:
     """rows: sorted by expert, of which each rank of the team has `num_here`; counts: of rows for each expert."""
     # (source, expert here): how many rows come.

@@ -107,6 +107,7 @@ class RankModel:
         """
         self._objective = objective
         self._begin(batch)
+        self._sums.reset()
         self._pipeline.train(self._message())
         gradients = self.refresh()
         for name, gradient in gradients.items():

@@ -7,7 +7,7 @@ so what they call must have been compiled before. Where single operators' output
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -81,7 +81,9 @@ def _attend_again(forward: Any, x: Tensor, sight: Sight, *more: Any) -> Tensor:
     return forward(x, replace(sight, attend=_attention_again(sight.attend)), *more)
 
 
-@cache  # one for all layers and steps: the compiler would take each new one for another function
+@lru_cache(
+    maxsize=8
+)  # one for all layers and steps: the compiler would take each new one for another function
 def _attention_again(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Between the compiled parts before and after it."""
     return torch.compiler.disable(_made_again(attend))

@@ -93,41 +93,58 @@ class GradientSums:
         self.names_ahead = frozenset(name for one in self._ahead for name in one.names)
         """Of gradients that `arrived` wants to know of."""
         self._here: dict[str, Tensor] = {}
+        self._made: dict[str, torch.cuda.Event] = {}
+        """On a GPU, when each of these was made: sharding has a stream of its own."""
         self._num_begun = 0
-        self._under_way: list[_Travelling] = []
+        self._under_way: list[list[_Travelling]] = []
+
+    def reset(self) -> None:
+        """Before a step's passes: forgets what one that was given up has left."""
+        for travelling in self._under_way:
+            for bucket in travelling:
+                bucket.work.wait()
+        self._under_way.clear()
+        self._here.clear()
+        self._made.clear()
+        self._num_begun = 0
 
     def arrived(self, name: str, gradient: Tensor) -> None:
         """Call it when nothing more is added to a gradient in this step, on the stream that has made it."""
         self._here[name] = gradient
+        if gradient.is_cuda:
+            self._made[name] = torch.cuda.current_stream().record_event()
         while self._num_begun < len(self._ahead):
-            one = self._ahead[self._num_begun]
-            if not all(name in self._here for name in one.names):
+            names = self._ahead[self._num_begun].names
+            if not all(name in self._here for name in names):
                 return
-            self._begin(self._here[name] for name in one.names)
+            for made in filter(None, map(self._made.get, names)):
+                torch.cuda.current_stream().wait_event(made)
+            self._begin(self._here[name] for name in names)
 
     def finish(self, gradients: Mapping[str, Tensor]) -> None:
         """When the backward passes are over; `gradients` are all that are here."""
         while self._num_begun < len(self._ahead):
             self._begin(gradients[name] for name in self._ahead[self._num_begun].names)
-        for travelling in self._under_way:
-            travelling.arrive()
-        self._under_way.clear()
+        while self._under_way:
+            self._take_oldest()
         for one in self._after:
             for bucket in _buckets(gradients[name] for name in one.names):
                 for over in one.over:
                     self._travel(bucket, over).arrive()
-        self._here.clear()
-        self._num_begun = 0
+        self.reset()
 
     @torch.no_grad()
     def _begin(self, gradients: Iterable[Tensor]) -> None:
-        """The next sum of those that go ahead. One more may be under way: no layer holds up the one after it, and
-        buffers stay small."""
+        """The next sum of those that go ahead. That of one more layer may be under way: none holds up the one after it,
+        and there are no more buffers than for two."""
         self._num_begun += 1
-        for bucket in _buckets(gradients):
-            if len(self._under_way) == 2:
-                self._under_way.pop(0).arrive()
-            self._under_way.append(self._travel(bucket, Over("replica")))
+        if len(self._under_way) == 2:
+            self._take_oldest()
+        self._under_way.append([self._travel(bucket, Over("replica")) for bucket in _buckets(gradients)])
+
+    def _take_oldest(self) -> None:
+        for bucket in self._under_way.pop(0):
+            bucket.arrive()
 
     @torch.no_grad()
     def _travel(self, bucket: list[Tensor], over: Over) -> "_Travelling":

@@ -6,7 +6,6 @@ are scattered over the tokens again. Parameters that no rank has a part of (norm
 rank; so their gradients are summed over the team, once a step (sums.py).
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from colossus.models.latent_attention import LatentAttention
 from colossus.models.moe import MixtureOfExperts
 from colossus.models.parts import Embedding, GatedMlp, Linear, Mlp, RmsNorm
 from colossus.parallel.collectives import Team, all_gather, reduce_scatter, team_total
+from colossus.parallel.given import given
 
 _TOKENS = 1
 """The dim of hidden states that is split: (rows, tokens, hidden_size)."""
@@ -28,7 +28,7 @@ _TOKENS = 1
 def split_tensors(model: Decoder, team: Team, *, first_row: int) -> None:
     """Makes modules compute with their parts of the weights. `first_row`: of the embedding's rows that are here."""
     if model.embedding is not None:
-        model.embedding.forward = partial(_look_up, model.embedding, first_row, team)
+        model.embedding.forward = given(_look_up, model.embedding, first_row, team)
     for layer in model.layers:
         _split_layer(layer, team)
 
@@ -45,11 +45,11 @@ def _split_layer(layer: Layer, team: Team) -> None:
     else:
         _gather_input(attention, team)
         _norm_over_all_heads(attention, team)
-    attention.output.forward = partial(_sum_parts, attention.output, attention.output.forward, team)
+    attention.output.forward = given(_sum_parts, attention.output, attention.output.forward, team)
     mlp = layer.mlp.shared if isinstance(layer.mlp, MixtureOfExperts) else layer.mlp
     if isinstance(mlp, Mlp | GatedMlp):
         _gather_input(mlp, team)
-        mlp.down.forward = partial(_sum_parts, mlp.down, mlp.down.forward, team)
+        mlp.down.forward = given(_sum_parts, mlp.down, mlp.down.forward, team)
 
 
 def _gather_input(module: nn.Module, team: Team) -> None:
@@ -94,7 +94,7 @@ def _norm_over_all_heads(attention: Attention, team: Team) -> None:
         (attention.key_norm, attention.spec.num_kv_heads),
     ):
         if type(norm) is RmsNorm:
-            norm.forward = partial(_rms_norm, norm, team, num_heads * attention.spec.head_dim)
+            norm.forward = given(_rms_norm, norm, team, num_heads * attention.spec.head_dim)
 
 
 def _rms_norm(norm: RmsNorm, team: Team, num_channels: int, x: Tensor) -> Tensor:

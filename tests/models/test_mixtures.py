@@ -81,6 +81,9 @@ def test_load_counts_the_tokens_of_each_expert(spec: ModelSpec, monkeypatch: pyt
         assert mixture.load.tolist() == [given.count(expert) for expert in range(spec.mlp.num_experts)]
         mixture.reset_buffers()
         assert torch.all(mixture.load == 0)
+    model.double()  # the load is another tensor then
+    model(random_tokens(spec, 2, 9), dtype=torch.float64).sum().backward()
+    assert all(mixture.load.sum() == 2 * 9 * spec.mlp.top_k for mixture in mixtures)
 
 
 def test_the_sum_with_the_shared_mlp_is_multiplied() -> None:

@@ -1,12 +1,15 @@
 """Any layout computes what one process computes: losses and every parameter's gradient."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.backends.common import aot_autograd
 
 from colossus.models import RouterLosses, build, chunked_cross_entropy
+from colossus.parallel import recompute
 from colossus.parallel.mesh import Mesh
 from colossus.parallel.rank_model import Objective, RankModel
 from colossus.spec.job import Job, Share
@@ -249,3 +252,51 @@ def test_compiled_layers_compute_the_same(
     """Gradients that a compiled region drops in silence are what this looks for."""
     share = Share(num_micro_batches=2, recompute=recompute)
     check(model, job(model, shares=(share,), **settings), compiled=True)
+
+
+def graphs_compiled(model: ModelSpec, job: Job) -> tuple[int, bool]:
+    """In three steps and an evaluation: how many graphs, and whether the compiler has given up on a function."""
+    torch.compiler.reset()
+    graphs, given_up = [], []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=lambda graph, _: graph.forward)
+    before, recompute._compiled = (
+        recompute._compiled,
+        lambda f: torch.compile(f, backend=backend, dynamic=False),
+    )
+    logger, handler = logging.getLogger("torch._dynamo.convert_frame"), logging.Handler()
+    handler.emit = given_up.append
+    logger.addHandler(handler)
+    try:
+        rank_model = RankModel(model, job, Mesh(job.layout, job.expert_tp), dtype=torch.float32,
+                               chunk_tokens=32, compiled=True)  # fmt: skip
+        rank_model.materialise(seed=3)
+        for step in range(3):
+            part = part_of(batch(model, job, step), job, dist.get_rank())
+            rank_model.accumulate(part, Objective(job.step_tokens))
+            rank_model.clear_gradients()
+        rank_model.evaluate(part)
+    finally:
+        logger.removeHandler(handler)
+        recompute._compiled = before
+    return len(graphs), any("limit" in record.getMessage() for record in given_up)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "most"),
+    [
+        (dense(num_layers=10), {"tp": 2}, 2),
+        (dense(num_layers=10), {"shard": 2, "sharding": "weights"}, 2),
+        (mixture(num_layers=10), {"shard": 2, "ep": 2, "sharding": "weights"}, 16),
+    ],
+    ids=["tp", "weights", "experts"],
+)
+def test_layers_that_are_alike_are_compiled_once(model: ModelSpec, settings: Any, most: int) -> None:
+    """With gradients and without. Of one function the compiler makes 8 graphs, and then none for any layer."""
+    for graphs, gave_up in run_ranks(graphs_compiled, 2, model, job(model, **settings)):
+        assert not gave_up
+        assert graphs <= most

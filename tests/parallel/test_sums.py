@@ -79,3 +79,35 @@ def test_all_groups_have_the_same_sums_in_the_same_order(model: ModelSpec, setti
     for rank in range(ranks // 2):
         assert between[rank] == between[rank + ranks // 2]
         assert between[rank][0] == between[rank][1] != []
+
+
+def after_one_given_up(model: ModelSpec, job: Job) -> list[float]:
+    """A step's gradients after one that ended in the middle of its last backward pass: by how much they are off."""
+    rank_model = RankModel(model, job, Mesh(job.layout), dtype=torch.float32, chunk_tokens=32)
+    rank_model.materialise(seed=3)
+    part, first = part_of(batch(model, job), job, dist.get_rank()), rank_model.parts[0].model.layers[0]
+
+    def step() -> dict[str, torch.Tensor]:
+        rank_model.accumulate(part, Objective(job.step_tokens))
+        gradients = {name: gradient.clone() for name, gradient in rank_model.gradients().items()}
+        rank_model.clear_gradients()
+        return gradients
+
+    def give_up(*_: object) -> None:
+        if rank_model.parts[0].is_complete:
+            raise RuntimeError("out of memory, say")
+
+    expected = step()
+    handle = first.register_full_backward_hook(give_up)
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        step()
+    handle.remove()
+    rank_model.clear_gradients()
+    found = step()
+    return [float((found[name] - one).abs().max()) for name, one in expected.items()]
+
+
+def test_a_step_after_one_that_was_given_up_is_as_if_that_had_not_been() -> None:
+    model = dense(num_layers=3)
+    for off in run_ranks(after_one_given_up, 2, model, job(model, replica=2)):
+        assert max(off) == 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from colossus.planner.estimate.collectives import BUCKET_BYTES, buckets
+from colossus.planner.estimate.collectives import BUCKET_BYTES
 from colossus.planner.estimate.layer_memory import LayerMemory, LossMemory, layer_memory, loss_memory
 from colossus.planner.estimate.orthogonal import orthogonal_bytes
 from colossus.planner.one_rank.activations import (
@@ -515,12 +515,11 @@ class _Step:
             self._finish()
 
     def _begin_sums(self, sizes: list[int]) -> None:
-        """Of gradients, between replicas; two at most are under way."""
-        for size in buckets(sizes):
-            if len(self._travelling) == 2:
-                self.ledger.let_go("workspace", self._travelling.pop(0))
-            self._travelling.append(size // 2 if self.job.replica_sum == "bfloat16" else size)
-            self.ledger.hold("workspace", self._travelling[-1])
+        """Of a layer's gradients, between replicas; those of two layers at most are under way."""
+        if len(self._travelling) == 2:
+            self.ledger.let_go("workspace", self._travelling.pop(0))
+        self._travelling.append(sum(sizes) // (2 if self.job.replica_sum == "bfloat16" else 1))
+        self.ledger.hold("workspace", self._travelling[-1])
 
     def _finish(self) -> None:
         self.ledger.let_go("gathered", self._scattering)
