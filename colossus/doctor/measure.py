@@ -140,9 +140,8 @@ def _attention_s(
     records: Records, dtype: torch.dtype, sequence: int, head_dim: int, num_heads: int
 ) -> tuple[float, float]:
     """Seconds of (forward, forward and backward)."""
-    if (
-        records.kind == "cuda"
-    ):  # each shape has a kernel of its own, and the compiler makes only a few of one function
+    if records.kind == "cuda":
+        # Each shape has a kernel of its own, and of one function the compiler makes only a few.
         torch.compiler.reset()
     heads = min(num_heads, 8)
     rows = num_heads // heads
