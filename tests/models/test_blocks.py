@@ -165,7 +165,9 @@ def blocks_here(q: Tensor, k: Tensor, index: Tensor, _: torch.dtype, window: int
     return attention_blocks(q, k, index, window)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 @pytest.mark.parametrize(
     ("name", "recompute"),
     [

@@ -286,6 +286,7 @@ def graphs_compiled(model: ModelSpec, job: Job) -> tuple[int, bool]:
     return len(graphs), any("limit" in record.getMessage() for record in given_up)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "settings", "most"),
     [
