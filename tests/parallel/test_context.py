@@ -159,7 +159,7 @@ def errors(dtypes: list[torch.dtype], exchange: str, case: dict[str, Any]) -> li
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_attention_of_many_ranks_is_that_of_one_with_its_gradients(

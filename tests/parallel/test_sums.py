@@ -39,7 +39,10 @@ def course(model: ModelSpec, job: Job, num_steps: int) -> list[list[tuple[str, s
     return steps
 
 
-@pytest.mark.parametrize("sharding", ["optimizer", "gradients", "weights"])
+@pytest.mark.parametrize(
+    "sharding",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("optimizer", "gradients")), "weights"],
+)
 def test_layers_are_summed_while_those_before_are_still_computed(sharding: str) -> None:
     model = dense(num_layers=4)
     layout = {"replica": 2, "shard": 2, "sharding": sharding}

@@ -246,6 +246,7 @@ def cases(chosen: dict[str, Case]) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "optimizer"), cases(TWO))
 def test_on_two_ranks(name: str, optimizer: str) -> None:
     model, settings = TWO[name]
