@@ -35,6 +35,10 @@ class Over:
     num_parts: int = 1
 
 
+BETWEEN_REPLICAS = (Over("replica"),)
+"""Most numbers of a model are summed so, and over no other ranks."""
+
+
 def sums_of(placement: Placement, mesh: Mesh) -> tuple[Over, ...]:
     """Within a replica group and then across: over whom a gradient is left to sum."""
     within: tuple[Group, ...] = (
@@ -59,11 +63,6 @@ class Sum:
     names: tuple[str, ...]
     over: tuple[Over, ...]
 
-    @property
-    def is_between_replicas(self) -> bool:
-        """And over no other ranks."""
-        return self.over == (Over("replica"),)
-
 
 def plan_sums(
     placements: Mapping[str, Placement], mesh: Mesh, *, on_both_ends: frozenset[str] = frozenset()
@@ -74,7 +73,7 @@ def plan_sums(
     for name, placement in placements.items():
         ends = (Over("ends"),) if name in on_both_ends else ()
         if over := ends + sums_of(placement, mesh):
-            layer = layer_of(name) if over == (Over("replica"),) else None
+            layer = layer_of(name) if over == BETWEEN_REPLICAS else None
             by_ranks.setdefault((over, layer), []).append(name)
     return tuple(Sum(tuple(names), over) for (over, _), names in by_ranks.items())
 
@@ -87,9 +86,9 @@ class GradientSums:
         sums = tuple(sums)
         self.mesh, self._replica_dtype = mesh, replica_dtype
         # Backward passes come by the last layers first, and by what stands before all layers last.
-        ahead = [one for one in reversed(sums) if one.is_between_replicas]
+        ahead = [one for one in reversed(sums) if one.over == BETWEEN_REPLICAS]
         self._ahead = tuple(sorted(ahead, key=lambda one: layer_of(one.names[0]) is None))
-        self._after = tuple(one for one in sums if not one.is_between_replicas)
+        self._after = tuple(one for one in sums if one.over != BETWEEN_REPLICAS)
         self.names_ahead = frozenset(name for one in self._ahead for name in one.names)
         """Of gradients that `arrived` wants to know of."""
         self._here: dict[str, Tensor] = {}
@@ -140,7 +139,7 @@ class GradientSums:
         self._num_begun += 1
         if len(self._under_way) == 2:
             self._take_oldest()
-        self._under_way.append([self._travel(bucket, Over("replica")) for bucket in _buckets(gradients)])
+        self._under_way.append([self._travel(bucket, *BETWEEN_REPLICAS) for bucket in _buckets(gradients)])
 
     def _take_oldest(self) -> None:
         for bucket in self._under_way.pop(0):

@@ -428,7 +428,7 @@ class _Step:
         """What is left to sum of gradients, in buckets; the experts' loads; the gradient's norm; the loss."""
         counts: Counts = Counter()
         for (over, _), sizes in self._left().items():
-            for bucket in buckets(sizes):
+            for bucket in _buckets(sizes):
                 for group, num_parts in over:
                     narrow = 2 if group == "replica" and self.job.replica_sum == "bfloat16" else 1
                     counts[Collective("all-reduce", group, bucket * num_parts // narrow)] += 1
@@ -532,11 +532,11 @@ class _Unit(NamedTuple):
         return Collective("reduce-scatter", self.group, FLOAT32 * self.num_padded)
 
 
-def buckets(sizes: list[int]) -> list[int]:
+def _buckets(sizes: list[int]) -> list[int]:
     """As parallel/sums.py fills them."""
-    filled: list[int] = []
+    buckets: list[int] = []
     for size in sizes:
-        if not filled or filled[-1] + size > BUCKET_BYTES:
-            filled.append(0)
-        filled[-1] += size
-    return filled
+        if not buckets or buckets[-1] + size > BUCKET_BYTES:
+            buckets.append(0)
+        buckets[-1] += size
+    return buckets
