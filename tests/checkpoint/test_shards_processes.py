@@ -87,7 +87,7 @@ def assert_survived(directory: Path, said: list[list[Any]], victim: int) -> None
     assert not directory.exists() or leftovers(directory) == []
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_killed_in_mid_save(victim: int, tmp_path: Path) -> None:
     assert not killed_at((2, 8, 14, 20), victim, tmp_path)
 

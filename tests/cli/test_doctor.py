@@ -103,6 +103,7 @@ def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_what_calibrating_writes_is_planned_on(tmp_path: Path) -> None:
     path = tmp_path / "here.toml"
     made = runner.invoke(

@@ -35,6 +35,7 @@ def test_a_table_for_each_kind_of_rank(path: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 110
 
 
+@pytest.mark.slow
 def test_json_has_all_that_was_seen(path: Path) -> None:
     done = colossus("plan", "--prove", str(path), "--json")
     told = json.loads(done.stdout)

@@ -30,7 +30,9 @@ LARGE: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("recompute", "optimizer"), [("none", "adamw"), ("full", "muon")])
+@pytest.mark.parametrize(
+    ("recompute", "optimizer"), [("none", "adamw"), pytest.param("full", "muon", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", LARGE)
 def test_exchanges_in_large_worlds_are_those_that_were_priced(
     name: str, recompute: Any, optimizer: OptimizerKind

@@ -113,6 +113,7 @@ def test_a_mixed_fleet_is_worth_its_parts(mixed: Planned) -> None:
     assert min(busy) > 0.9 * max(busy)  # they finish together
 
 
+@pytest.mark.slow
 def test_a_weak_pool_is_left_out() -> None:
     """Eight A100 beside 64 B200: a step that waits for them would be longer than one without."""
     both = planned("llama3-70b", "b200:64+a100-80:8")

@@ -357,7 +357,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in SMALL]
+)
 def test_what_training_takes_is_what_was_predicted(
     name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

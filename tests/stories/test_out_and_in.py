@@ -62,7 +62,9 @@ def losses(run: RunDirectory) -> Iterator[float]:
     return (event.loss for event in run.events() if hasattr(event, "gradient_norm"))
 
 
-@pytest.mark.parametrize("model", [LLAMA, GROK], ids=["llama", "grok"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(LLAMA, id="llama"), pytest.param(GROK, id="grok", marks=pytest.mark.slow)]
+)
 def test_it_trains_on_as_if_it_had_never_left(model: ModelSpec, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     summary = start(config(model, corpus, 4), runs_directory=tmp_path / "runs", name="first", threads=1)

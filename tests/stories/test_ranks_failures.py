@@ -327,6 +327,7 @@ class Replace:
         module.run_ranks = replaced  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 def test_a_plan_that_changed_before_ranks_read_it(ranks: Ranks, plan: str) -> None:
     other = ranks.plan("other", shard=2, sharding="gradients")
     done = ranks.colossus(*ranks.new("changed", plan), before=Replace(other), status=1)

@@ -194,6 +194,7 @@ def test_another_precision(tmp_path: Path) -> None:
     assert rounded == pytest.approx(exact, rel=2**-8)
 
 
+@pytest.mark.slow
 def test_the_same_layout_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, (*SETTINGS, "checkpoints.every=8 steps"), LLAMA)
     plan = ranks.plan(replica=2, shares=UNEQUAL)
